@@ -1,0 +1,237 @@
+"""The only door to ``cryptography``: each primitive in use, with one way to call it.
+
+Nothing of the library's own errors leaves this module. Whatever does not authenticate
+raises ``TamperedError`` with one and the same message, whichever check it was.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final, TypeAlias
+
+from cryptography import exceptions
+from cryptography.cobblestone import Cobblestone256Decryptor, Cobblestone256Encryptor
+from cryptography.hazmat.primitives import constant_time, hashes, hmac
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
+
+from secimg_watch.errors import EnvironmentFault, TamperedError
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+"""What is accepted as a run of bytes."""
+
+MessageEncryptor: TypeAlias = Cobblestone256Encryptor
+"""``update_into(data, buffer) -> int`` and ``finalize() -> bytes``; see ``encryption_room``."""
+
+KEY_SIZE: Final = 32
+"""Bytes in every symmetric key of this package."""
+
+WRAPPED_KEY_SIZE: Final = KEY_SIZE + 16
+"""Bytes in a wrapped key: the key and a GCM tag."""
+
+GCM_IV_SIZE: Final = 12
+"""Bytes in a GCM nonce, the one length that SP 800-38D recommends."""
+
+GCM_TAG_SIZE: Final = 16
+"""Bytes in a GCM tag."""
+
+GCM_MAX_DATA: Final = 2**31 - 1 - GCM_TAG_SIZE
+"""Most bytes ``gcm_encrypt`` takes: the library's limit for one call, less the tag."""
+
+UNAUTHENTIC: Final = "the data does not authenticate: wrong key or password, or damaged"
+"""The message of every cryptographic failure."""
+
+_CHUNK: Final = 16_384
+_SINGLE_USE_NONCE: Final = bytes(GCM_IV_SIZE)
+
+
+def unauthentic() -> TamperedError:
+    """Make the one error that stands for every cryptographic failure."""
+    return TamperedError(UNAUTHENTIC, hint="try another key or password, or another copy")
+
+
+def random_bytes(count: int) -> bytes:
+    """Return ``count`` bytes from the operating system's generator."""
+    return os.urandom(count)
+
+
+def equal(left: Buffer, right: Buffer) -> bool:
+    """Compare two runs of bytes in a time that depends on their lengths alone."""
+    return constant_time.bytes_eq(bytes(left), bytes(right))
+
+
+def hkdf_expand(key: bytes, info: bytes, length: int) -> bytes:
+    """Derive ``length`` bytes by HKDF-Expand with SHA-512 (RFC 5869, section 2.3).
+
+    There is no extract step: ``key`` has to be uniformly random already, which is what
+    section 3.3 of the RFC asks for before the step is left out.
+    """
+    return HKDFExpand(hashes.SHA512(), length, info).derive(key)
+
+
+def header_mac(key: bytes, data: bytes) -> bytes:
+    """Return HMAC-SHA-256 of ``data``: 32 bytes as they come, so nothing is truncated."""
+    mac = hmac.HMAC(key, hashes.SHA256())
+    mac.update(data)
+    return mac.finalize()
+
+
+def check_header_mac(key: bytes, data: bytes, mac: bytes) -> None:
+    """Compare ``mac`` with the one of ``data``, in constant time.
+
+    Raises:
+        TamperedError: they differ.
+    """
+    if not equal(header_mac(key, data), mac):
+        raise unauthentic()
+
+
+def wrap_key(single_use_key: bytes, key: bytes) -> bytes:
+    """Encrypt a 32-byte ``key`` by AES-256-GCM with a nonce of zeros; 48 bytes come out.
+
+    A GCM nonce must not repeat under one key. ``single_use_key`` has to be derived from a
+    fresh 256-bit salt for this one call, so that there is no second nonce to differ from.
+    """
+    return AESGCM(single_use_key).encrypt(_SINGLE_USE_NONCE, key, None)
+
+
+def unwrap_key(single_use_key: bytes, wrapped: bytes) -> bytes:
+    """Reverse ``wrap_key``.
+
+    Raises:
+        TamperedError: ``wrapped`` was not made with this key.
+    """
+    try:
+        return AESGCM(single_use_key).decrypt(_SINGLE_USE_NONCE, wrapped, None)
+    except exceptions.InvalidTag:
+        raise unauthentic() from None
+
+
+def argon2id(
+    password: bytes, salt: bytes, *, memory_kib: int, iterations: int, lanes: int
+) -> bytes:
+    """Derive 32 bytes from a password by Argon2id (RFC 9106).
+
+    Raises:
+        EnvironmentFault: there is not enough free memory now.
+    """
+    kdf = Argon2id(
+        salt=salt, length=KEY_SIZE, iterations=iterations, lanes=lanes, memory_cost=memory_kib
+    )
+    try:
+        return kdf.derive(password)
+    except MemoryError:
+        message = f"{memory_kib} KiB of memory, needed to check the password, are not free"
+        raise EnvironmentFault(message, hint="close other programs and try again") from None
+
+
+def pbkdf2(password: bytes, salt: bytes, iterations: int) -> bytes:
+    """Derive 32 bytes from a password by PBKDF2-HMAC-SHA256 (RFC 8018)."""
+    return PBKDF2HMAC(hashes.SHA256(), KEY_SIZE, salt, iterations).derive(password)
+
+
+def gcm_encrypt(key: bytes, iv: bytes, data: Buffer) -> tuple[bytes, bytes]:
+    """Encrypt by AES-256-GCM; return the ciphertext, as long as ``data``, and the tag.
+
+    ``iv`` has ``GCM_IV_SIZE`` bytes and must never be used twice with one key. ``data`` has
+    at most ``GCM_MAX_DATA`` bytes.
+    """
+    sealed = AESGCM(key).encrypt(iv, data, None)
+    return sealed[:-GCM_TAG_SIZE], sealed[-GCM_TAG_SIZE:]
+
+
+def gcm_decrypt(key: bytes, iv: bytes, data: Buffer, tag: bytes) -> bytes:
+    """Reverse ``gcm_encrypt``.
+
+    Raises:
+        TamperedError: anything differs from what was encrypted, lengths included.
+    """
+    # The library takes other nonce lengths as well, and no data beyond its limit.
+    if len(iv) != GCM_IV_SIZE or len(tag) != GCM_TAG_SIZE or len(data) > GCM_MAX_DATA:
+        raise unauthentic()
+    try:
+        return AESGCM(key).decrypt(iv, b"".join((data, tag)), None)
+    except exceptions.InvalidTag:
+        raise unauthentic() from None
+
+
+def sealed_length(count: int) -> int:
+    """Return the length of the Cobblestone-256 message that holds ``count`` bytes.
+
+    Salt 24 and commitment 32, then chunks of 16 KiB with a 16-byte tag each, of which the
+    last is always short (C2SP chunked-encryption).
+    """
+    return 56 + count + 16 * (count // _CHUNK + 1)
+
+
+def encryption_room(count: int) -> int:
+    """Return how large a buffer ``update_into`` needs to encrypt ``count`` more bytes.
+
+    The largest output is what was held back, less than a chunk, and ``count`` together.
+    """
+    return sealed_length(_CHUNK + count)
+
+
+def decryption_room(count: int) -> int:
+    """Return how large a buffer ``update_into`` needs to decrypt ``count`` more bytes.
+
+    The largest output is what was held back, at most a chunk and its tag, and ``count``.
+    """
+    return count + _CHUNK + 16
+
+
+def message_encryptor(key: bytes, context: bytes) -> MessageEncryptor:
+    """Start a Cobblestone-256 message under ``key``, bound to ``context``."""
+    return Cobblestone256Encryptor(key, context)
+
+
+class MessageDecryptor:
+    """Reads one Cobblestone-256 message; every byte it gives out is authenticated."""
+
+    def __init__(self, key: bytes, context: bytes) -> None:
+        """Start at the message's first byte."""
+        self._decryptor = Cobblestone256Decryptor(key, context)
+
+    def update_into(self, data: Buffer, buffer: bytearray) -> int:
+        """Decrypt the next bytes into ``buffer`` (``decryption_room``); return how many.
+
+        Raises:
+            TamperedError: the message does not authenticate; ``buffer`` is zeroed then.
+        """
+        try:
+            return self._decryptor.update_into(data, buffer)
+        except exceptions.InvalidTag:
+            # The library has written the chunk before it checked the tag.
+            memoryview(buffer)[:] = bytes(len(buffer))
+            raise unauthentic() from None
+
+    def finalize(self) -> bytes:
+        """Decrypt the last chunk, which may be empty.
+
+        Raises:
+            TamperedError: it does not authenticate, or the message was cut.
+        """
+        try:
+            return self._decryptor.finalize()
+        except exceptions.InvalidTag:
+            raise unauthentic() from None
+
+
+def seal_message(key: bytes, context: bytes, data: bytes) -> bytes:
+    """Encrypt ``data`` as one Cobblestone-256 message of ``sealed_length`` bytes."""
+    encryptor = message_encryptor(key, context)
+    return encryptor.update(data) + encryptor.finalize()
+
+
+def open_message(key: bytes, context: bytes, sealed: bytes) -> bytes:
+    """Reverse ``seal_message``.
+
+    Raises:
+        TamperedError: the message does not authenticate.
+    """
+    decryptor = MessageDecryptor(key, context)
+    buffer = bytearray(decryption_room(len(sealed)))
+    count = decryptor.update_into(sealed, buffer)
+    return bytes(memoryview(buffer)[:count]) + decryptor.finalize()
