@@ -1,0 +1,58 @@
+"""Taking a job's file in hand: open, unchanged, and with nobody writing it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from secimg_watch import kernel
+from secimg_watch.errors import ChangedInHandError
+from secimg_watch.records import Held, Identity, Job
+from secimg_watch.selection import passes_over_kind
+
+if TYPE_CHECKING:
+    from contextlib import ExitStack
+
+    from secimg_watch.roots import Root
+
+
+def hold(job: Job, root: Root, hands: ExitStack) -> Held:
+    """Open a job's file, in the staging directory if it was claimed before, else in its folder.
+
+    ``hands`` closes the descriptors, which gives the lease back as well.
+
+    Raises:
+        FileNotFoundError: the file is gone.
+        ChangedInHandError: it is not the file that settled, or is open for writing.
+        OSError: it cannot be opened.
+    """
+    claimed = root.staged(job.object_id)
+    parent, name = claimed or kernel.open_parent(root.fd, job.relpath)
+    hands.callback(os.close, parent)
+    fd = os.open(name, kernel.PICTURE, dir_fd=parent)
+    hands.callback(os.close, fd)
+    lease = kernel.take_read_lease(fd)
+    if lease is kernel.Lease.WRITER:
+        raise ChangedInHandError("the file was opened for writing again")
+    status = os.fstat(fd)
+    identity = Identity.of(status)
+    # A claimed file is ours whatever happened to it; one in the folder must be what settled.
+    if claimed is None and identity != job.identity:
+        raise ChangedInHandError("the file was changed or replaced after it had settled")
+    passed = passes_over_kind(status.st_mode, status.st_nlink)
+    if passed is not None:
+        raise ChangedInHandError(f"the file cannot be taken any more: {passed}")
+    leased = lease is kernel.Lease.GRANTED
+    return Held(job, fd, parent, name, identity, status.st_mode, leased, claimed is not None)
+
+
+def refuse_if_changed(held: Held, identity: Identity) -> None:
+    """Raise unless the file in hand is still the very state that ``identity`` describes.
+
+    Raises:
+        ChangedInHandError: it was written to, or somebody is waiting to write to it.
+    """
+    if held.leased and not kernel.lease_intact(held.fd):
+        raise ChangedInHandError("somebody opened the file for writing while it was in hand")
+    if Identity.of(os.fstat(held.fd)) != identity:
+        raise ChangedInHandError("the file changed while it was in hand")

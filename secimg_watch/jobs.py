@@ -1,0 +1,430 @@
+"""The job queue: one row for each picture on its way, in SQLite.
+
+A row is a hint; the disk is the truth. Losing the database loses the counters and the history,
+never a picture. So it is written without an fsync at each commit: after a power cut the last
+rows may be missing, and recovery finds their files.
+
+A job is taken by lease and never by removal: its row says ``taken`` while a worker has it, and
+its attempts are counted before the work starts, so that a picture which kills the process every
+time is set aside in the end. Names of files stand in a row only while the file itself lies in
+clear; with the plaintext the name goes too (``secure_delete``).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sqlite3
+import threading
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Final
+
+from secimg_watch.errors import StorageError
+from secimg_watch.records import FolderKey, Identity, Job, ObjectId, Proof
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable
+    from pathlib import Path
+
+    from secimg_watch.records import Settled
+
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS job (
+  object_id TEXT PRIMARY KEY,
+  folder TEXT NOT NULL,
+  name BLOB NOT NULL,
+  dev INTEGER NOT NULL, ino INTEGER NOT NULL, size INTEGER NOT NULL,
+  mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL,
+  state TEXT NOT NULL,
+  proof TEXT NOT NULL,
+  attempts INTEGER NOT NULL DEFAULT 0,
+  not_before REAL NOT NULL DEFAULT 0,
+  first_seen_ns INTEGER NOT NULL,
+  reason TEXT NOT NULL DEFAULT '',
+  UNIQUE (folder, name, dev, ino, size, mtime_ns)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS job_next ON job (state, first_seen_ns);
+CREATE TABLE IF NOT EXISTS sealed (
+  object_id TEXT PRIMARY KEY,
+  folder TEXT NOT NULL,
+  size INTEGER NOT NULL,
+  sealed_ns INTEGER NOT NULL,
+  dwell_ms INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS sealed_when ON sealed (folder, sealed_ns);
+CREATE TABLE IF NOT EXISTS counter (
+  folder TEXT NOT NULL, what TEXT NOT NULL, n INTEGER NOT NULL,
+  PRIMARY KEY (folder, what)
+) STRICT, WITHOUT ROWID;
+"""
+
+_INTO: Final = (
+    "INTO job (object_id, folder, name, dev, ino, size, mtime_ns, ctime_ns, proof,"
+    " first_seen_ns, state, reason) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)"
+)
+_HISTORY: Final = 10_000  # sealed rows kept a folder; the counters go on for ever
+_DWELL_SAMPLE: Final = 1_000  # the newest sealed rows that dwell times are taken from
+_FIRST_DELAY: Final = 2.0
+_LAST_DELAY: Final = 3600.0
+
+
+class State(StrEnum):
+    """Where a job is. ``queued`` and ``taken`` go on by themselves; the others rest."""
+
+    QUEUED = "queued"
+    TAKEN = "taken"
+    COMMITTED = "committed"  # the object is in the vault; the plaintext is not gone yet
+    QUARANTINED = "quarantined"  # given up on; waits for a person
+    LEFT = "left"  # the policy leaves it in the folder
+    KEPT = "kept"  # sealed, and the policy keeps the plaintext
+    UNDELETABLE = "undeletable"  # sealed, and the system does not let the plaintext be deleted
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A job as a listing shows it."""
+
+    object_id: ObjectId
+    folder: FolderKey
+    relpath: str
+    state: State
+    attempts: int
+    not_before: float
+    reason: str
+    identity: Identity
+
+
+@dataclass(frozen=True, slots=True)
+class Dwell:
+    """How long plaintext lay in a folder, in milliseconds, over the newest sealed pictures."""
+
+    sample: int
+    p50: int
+    p95: int
+    longest: int
+
+
+def back_off(attempts: int) -> float:
+    """Seconds until the next attempt: doubling from 2 s to 1 h, with a quarter of jitter."""
+    delay = min(_FIRST_DELAY * 2 ** (attempts - 1), _LAST_DELAY)
+    return delay * random.uniform(0.75, 1.25)  # noqa: S311 - spreads load, keeps no secret
+
+
+class Jobs:
+    """The queue of one state directory. All methods may be called from any thread."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create the database; a damaged one is put aside and made anew.
+
+        Raises:
+            StorageError: it can neither be opened nor replaced.
+        """
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        try:
+            self._db = _open(path)
+        except sqlite3.DatabaseError:
+            _put_aside(path)
+            try:
+                self._db = _open(path)
+            except sqlite3.Error as error:
+                raise StorageError(f"the queue {path} cannot be opened: {error}") from error
+
+    def close(self) -> None:
+        """Close the database; an empty write-ahead log is left behind."""
+        with self._lock:
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._db.close()
+
+    # -- the way of a job ------------------------------------------------------------------
+
+    def admit(self, settled: Iterable[Settled]) -> int:
+        """Queue what is not known yet, in one transaction; how many were new."""
+        rows = []
+        for each in settled:
+            a = each.arrival
+            row = _row(ObjectId(os.urandom(16).hex()), a.folder, a.relpath, a.identity, each.proof)
+            rows.append((*row, a.first_seen_ns, State.QUEUED, ""))
+        with self._changed:
+            before = self._db.total_changes
+            self._db.execute("BEGIN")
+            self._db.executemany(f"INSERT OR IGNORE {_INTO}", rows)
+            self._db.execute("COMMIT")
+            self._changed.notify_all()
+            return self._db.total_changes - before
+
+    def adopt(self, job: Job, state: State, reason: str = "") -> None:
+        """Make sure that a file found in the staging directory has its job, in that state."""
+        with self._changed:
+            known = self._db.execute(
+                "UPDATE job SET state = ?, folder = ? WHERE object_id = ?",
+                (state, job.folder, job.object_id),
+            ).rowcount
+            if not known:
+                # The file is here: another row for it, from a database out of date, is wrong.
+                self._db.execute(
+                    f"INSERT OR REPLACE {_INTO}",
+                    _row(job.object_id, job.folder, job.relpath, job.identity, job.proof)
+                    + (job.first_seen_ns, state, reason),
+                )
+            self._changed.notify_all()
+
+    def reclaim(self) -> None:
+        """At start: what was in the hands of the process before is queued again."""
+        with self._changed:
+            self._db.execute("UPDATE job SET state = 'queued' WHERE state IN ('taken','committed')")
+
+    def take(self, folders: Callable[[], Collection[FolderKey]], timeout: float) -> Job | None:
+        """Take the oldest job that is due, or ``None`` when none came in ``timeout`` seconds.
+
+        ``folders`` says which folders may be worked on, and is asked anew each time.
+        """
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while True:
+                row = self._take_one(folders())
+                left = deadline - time.monotonic()
+                if row is not None or left <= 0:
+                    return row
+                self._changed.wait(left)
+
+    def _take_one(self, folders: Collection[FolderKey]) -> Job | None:
+        marks = ",".join("?" * len(folders))
+        row = self._db.execute(
+            "UPDATE job SET state = 'taken', attempts = attempts + 1 WHERE object_id = ("  # noqa: S608 - only question marks are put in
+            "SELECT object_id FROM job WHERE state = 'queued' AND not_before <= ?"
+            f" AND folder IN ({marks}) ORDER BY first_seen_ns LIMIT 1)"
+            " RETURNING object_id, folder, name, dev, ino, size, mtime_ns, ctime_ns, proof,"
+            " attempts, first_seen_ns",
+            (time.time(), *folders),
+        ).fetchone()
+        return None if row is None else _job(row)
+
+    def committed(self, job: Job) -> None:
+        """The object is in the vault for good; what is left is the plaintext."""
+        self._set(job.object_id, State.COMMITTED)
+
+    def done(self, job: Job, size: int, gone_ns: int) -> None:
+        """The plaintext is gone: count it, and forget its name."""
+        dwell = max(0, gone_ns - job.first_seen_ns) // 1_000_000
+        with self._changed:
+            self._db.execute("BEGIN")
+            self._db.execute("DELETE FROM job WHERE object_id = ?", (job.object_id,))
+            self._record(job, size, gone_ns, dwell)
+            self._db.execute("COMMIT")
+            self._changed.notify_all()
+
+    def rest(self, job: Job, state: State, reason: str, *, sealed: bool = False) -> None:
+        """Nothing more will happen to this job by itself; ``sealed``: its object is in the vault."""
+        with self._changed:
+            self._db.execute("BEGIN")
+            self._db.execute(
+                "UPDATE job SET state = ?, reason = ? WHERE object_id = ?",
+                (state, reason, job.object_id),
+            )
+            if sealed:
+                self._record(job, job.identity.size, time.time_ns(), 0)
+            self._db.execute("COMMIT")
+            self._changed.notify_all()
+
+    def _record(self, job: Job, size: int, when_ns: int, dwell_ms: int) -> None:
+        self._db.execute(
+            "INSERT OR IGNORE INTO sealed VALUES (?,?,?,?,?)",
+            (job.object_id, job.folder, size, when_ns, dwell_ms),
+        )
+        self._add(job.folder, "sealed", 1)
+        self._add(job.folder, "bytes", size)
+
+    def retry(self, job: Job, reason: str, delay: float, *, burn: bool = True) -> None:
+        """Queue a job again after ``delay`` seconds; without ``burn`` the attempt is given back."""
+        with self._changed:
+            self._db.execute(
+                "UPDATE job SET state = 'queued', reason = ?, not_before = ?,"
+                " attempts = attempts - ? WHERE object_id = ?",
+                (reason, time.time() + delay, 0 if burn else 1, job.object_id),
+            )
+            self._changed.notify_all()
+
+    def drop(self, job: Job, counted_as: str) -> None:
+        """Forget a job whose file is gone or became another one."""
+        with self._changed:
+            self._db.execute("DELETE FROM job WHERE object_id = ?", (job.object_id,))
+            self._add(job.folder, counted_as, 1)
+            self._changed.notify_all()
+
+    def requeue(self, object_id: ObjectId) -> bool:
+        """Give a resting job a fresh start; false where there is no such resting job."""
+        with self._changed:
+            changed = self._db.execute(
+                "UPDATE job SET state = 'queued', attempts = 0, not_before = 0, reason = ''"
+                " WHERE object_id = ? AND state IN ('quarantined', 'left', 'undeletable', 'queued')",
+                (object_id,),
+            ).rowcount
+            self._changed.notify_all()
+            return changed > 0
+
+    def forget_vanished(self, folder: FolderKey, seen: set[str]) -> None:
+        """Forget resting jobs whose file is no longer in the folder."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT object_id, name FROM job WHERE folder = ?"
+                " AND state IN ('left', 'kept', 'undeletable')",
+                (folder,),
+            ).fetchall()
+            gone = [(i,) for i, name in rows if os.fsdecode(name) not in seen]
+            self._db.executemany("DELETE FROM job WHERE object_id = ?", gone)
+
+    def wake(self) -> None:
+        """Wake whoever waits in `take`."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def trim(self) -> None:
+        """Shorten the history, and empty the log that may still hold the names of sealed files."""
+        with self._lock:
+            self._db.execute(
+                "DELETE FROM sealed WHERE object_id IN (SELECT object_id FROM sealed"
+                " ORDER BY sealed_ns DESC LIMIT -1 OFFSET ?)",
+                (_HISTORY,),
+            )
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    # -- counters and listings -------------------------------------------------------------
+
+    def count(self, folder: FolderKey, what: str, by: int = 1) -> None:
+        """Add to one of a folder's counters."""
+        with self._lock:
+            self._add(folder, what, by)
+
+    def _add(self, folder: FolderKey, what: str, by: int) -> None:
+        self._db.execute(
+            "INSERT INTO counter VALUES (?,?,?) ON CONFLICT DO UPDATE SET n = n + excluded.n",
+            (folder, what, by),
+        )
+
+    def counters(self, folder: FolderKey) -> dict[str, int]:
+        """All counters of a folder since the database was made."""
+        with self._lock:
+            rows = self._db.execute("SELECT what, n FROM counter WHERE folder = ?", (folder,))
+            return dict(rows.fetchall())
+
+    def states(self, folder: FolderKey) -> dict[str, int]:
+        """How many jobs of a folder are in each state."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT state, count(*) FROM job WHERE folder = ? GROUP BY state", (folder,)
+            )
+            return dict(rows.fetchall())
+
+    def pending(self) -> int:
+        """How many jobs are queued or in hand."""
+        with self._lock:
+            query = "SELECT count(*) FROM job WHERE state IN ('queued', 'taken', 'committed')"
+            return int(self._db.execute(query).fetchone()[0])
+
+    def due(self, folders: Collection[FolderKey]) -> int:
+        """How many jobs are in hand, or could be taken now."""
+        marks = ",".join("?" * len(folders))
+        with self._lock:
+            query = (
+                "SELECT count(*) FROM job WHERE state IN ('taken', 'committed') OR"  # noqa: S608 - only question marks are put in
+                f" (state = 'queued' AND not_before <= ? AND folder IN ({marks}))"
+            )
+            return int(self._db.execute(query, (time.time(), *folders)).fetchone()[0])
+
+    def sealed_total(self) -> int:
+        """How many pictures were ever sealed, over all folders."""
+        with self._lock:
+            query = "SELECT coalesce(sum(n), 0) FROM counter WHERE what = 'sealed'"
+            return int(self._db.execute(query).fetchone()[0])
+
+    def dwell(self, folder: FolderKey) -> Dwell:
+        """Dwell times of the newest sealed pictures of a folder."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT dwell_ms FROM sealed WHERE folder = ? ORDER BY sealed_ns DESC LIMIT ?",
+                (folder, _DWELL_SAMPLE),
+            ).fetchall()
+        times = sorted(row[0] for row in rows)
+        if not times:
+            return Dwell(0, 0, 0, 0)
+        last = len(times) - 1
+        return Dwell(len(times), times[last // 2], times[last * 95 // 100], times[-1])
+
+    def rows(self, *, folder: FolderKey | None = None, state: State | None = None) -> list[Row]:
+        """The jobs, oldest first, of one folder or one state where asked."""
+        query = (
+            "SELECT object_id, folder, name, state, attempts, not_before, reason, dev, ino, size,"
+            " mtime_ns, ctime_ns FROM job WHERE (? IS NULL OR folder = ?)"
+            " AND (? IS NULL OR state = ?) ORDER BY first_seen_ns"
+        )
+        with self._lock:
+            found = self._db.execute(query, (folder, folder, state, state)).fetchall()
+        return [
+            Row(
+                ObjectId(r[0]),
+                FolderKey(r[1]),
+                os.fsdecode(r[2]),
+                State(r[3]),
+                *r[4:7],
+                Identity(*r[7:12]),
+            )
+            for r in found
+        ]
+
+    def _set(self, object_id: ObjectId, state: State) -> None:
+        with self._lock:
+            self._db.execute("UPDATE job SET state = ? WHERE object_id = ?", (state, object_id))
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+    try:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = NORMAL")
+        database.execute("PRAGMA secure_delete = ON")
+        database.executescript(_SCHEMA)
+    except sqlite3.Error:
+        database.close()
+        raise
+    os.chmod(path, 0o600)
+    return database
+
+
+def _put_aside(path: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        damaged = f"{path}{suffix}"
+        if os.path.exists(damaged):
+            os.replace(damaged, f"{path}.damaged{suffix}")
+
+
+def _row(
+    object_id: ObjectId, folder: FolderKey, relpath: str, identity: Identity, proof: Proof
+) -> tuple[Any, ...]:
+    node = (_signed(identity.dev), _signed(identity.ino))
+    content = (identity.size, identity.mtime_ns, identity.ctime_ns)
+    return (object_id, folder, os.fsencode(relpath), *node, *content, proof)
+
+
+# SQLite's integers are signed 64 bit; device and inode numbers are unsigned.
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def _unsigned(number: int) -> int:
+    return number + (1 << 64) if number < 0 else number
+
+
+def _job(row: tuple[Any, ...]) -> Job:
+    object_id, folder, name, dev, ino, size, mtime, ctime, proof, attempts, seen = row
+    return Job(
+        object_id=ObjectId(object_id),
+        folder=FolderKey(folder),
+        relpath=os.fsdecode(name),
+        identity=Identity(_unsigned(dev), _unsigned(ino), size, mtime, ctime),
+        proof=Proof(proof),
+        attempts=attempts,
+        first_seen_ns=seen,
+    )

@@ -1,0 +1,232 @@
+"""Calls of the operating system that the standard library lacks, or has on some systems only.
+
+The one place that knows which system this is. On systems without a facility each function
+answers what is true there: no lease can be had, a cache cannot be dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import signal
+import sys
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
+    import resource
+
+_RENAME_NOREPLACE: Final = 1
+_PR_SET_DUMPABLE: Final = 4
+
+# Directories are opened only to be walked and synced, never followed through a link.
+DIRECTORY: Final[int] = (
+    getattr(os, "O_DIRECTORY", 0)
+    | getattr(os, "O_NOFOLLOW", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+    | os.O_RDONLY
+)
+# O_NONBLOCK: opening a FIFO that was swapped in must not wait for its writer.
+PICTURE: Final[int] = (
+    getattr(os, "O_NOFOLLOW", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_BINARY", 0)
+    | os.O_RDONLY
+)
+
+NETWORK_FILE_SYSTEMS: Final = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "vboxsf", "virtiofs"}
+)
+"""File systems that other machines write to: no events, no leases worth the name."""
+
+
+class Lease(Enum):
+    """The kernel's answer to the question whether anybody has a file open for writing."""
+
+    GRANTED = "granted"
+    WRITER = "writer"
+    UNAVAILABLE = "unavailable"
+
+
+def take_read_lease(fd: int) -> Lease:
+    """Ask for a read lease on a descriptor that is open read-only (fcntl(2), F_SETLEASE).
+
+    A granted lease proves that no descriptor and no shared mapping can write the file. A later
+    open for writing breaks it: the opener waits, and `lease_intact` turns false.
+    """
+    if sys.platform != "linux":
+        return Lease.UNAVAILABLE
+    try:
+        # The default signal of a lease break would end the process; SIGURG is ignored by
+        # default, and the break is found by asking.
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as error:
+        return Lease.WRITER if error.errno == errno.EAGAIN else Lease.UNAVAILABLE
+    return Lease.GRANTED
+
+
+def lease_intact(fd: int) -> bool:
+    """Whether the read lease still holds: false as soon as somebody opens for writing."""
+    if sys.platform != "linux":
+        return False
+    return fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_RDLCK
+
+
+def release_lease(fd: int) -> None:
+    """Give the lease up at once, so that a waiting writer goes on."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+
+
+def rename_noreplace(source: str, target: str, *, source_dir: int, target_dir: int) -> None:
+    """Rename without ever overwriting. Names are relative to the two directory descriptors.
+
+    Raises:
+        FileExistsError: the target's name is taken.
+        OSError: as rename(2).
+    """
+    if sys.platform == "linux" and _renameat2(source, target, source_dir, target_dir):
+        return
+    # A file system without RENAME_NOREPLACE: link(2) refuses a taken name just the same.
+    os.link(
+        source, target, src_dir_fd=source_dir, dst_dir_fd=target_dir, follow_symlinks=False
+    )
+    os.unlink(source, dir_fd=source_dir)
+
+
+def _renameat2(source: str, target: str, source_dir: int, target_dir: int) -> bool:
+    function = getattr(_libc(), "renameat2", None)
+    if function is None:
+        return False
+    failed = function(
+        source_dir,
+        os.fsencode(source),
+        target_dir,
+        os.fsencode(target),
+        ctypes.c_uint(_RENAME_NOREPLACE),
+    )
+    if not failed:
+        return True
+    code = ctypes.get_errno()
+    if code in {errno.EINVAL, errno.ENOSYS}:
+        return False
+    raise OSError(code, os.strerror(code), target)
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def drop_cache(fd: int) -> None:
+    """Ask the kernel to forget a synced file's pages, so that the next read meets the device."""
+    if sys.platform == "linux":
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def sync_directory(fd: int) -> None:
+    """Make the names in a directory durable. Where directories cannot be synced, do nothing."""
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.EBADF}:
+            raise
+
+
+def sync_path(directory: Path) -> None:
+    """`sync_directory` for a path."""
+    fd = os.open(directory, DIRECTORY & ~getattr(os, "O_NOFOLLOW", 0))
+    try:
+        sync_directory(fd)
+    finally:
+        os.close(fd)
+
+
+def open_parent(root: int, relpath: str) -> tuple[int, str]:
+    """Open the directory that holds ``relpath`` below ``root``; gives a descriptor and the name.
+
+    Every component is opened without following links, so a sub-folder that was swapped for a
+    link leads nowhere. The caller closes the descriptor.
+
+    Raises:
+        OSError: a component is missing, is a link, or cannot be opened.
+    """
+    *folders, name = relpath.split("/")
+    parent = os.dup(root)
+    for folder in folders:
+        try:
+            child = os.open(folder, DIRECTORY, dir_fd=parent)
+        finally:
+            os.close(parent)
+        parent = child
+    return parent, name
+
+
+def lock_exclusively(path: Path) -> int | None:
+    """Create and lock a file for this process; ``None`` where another process holds the lock.
+
+    The lock goes with the process, however it ends. The caller keeps the descriptor open.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+    return fd
+
+
+def free_space(path: Path) -> tuple[int, int]:
+    """Bytes free for this user, and bytes in all, on the file system that holds ``path``."""
+    usage = shutil.disk_usage(path)
+    return usage.free, usage.total
+
+
+def file_system_type(path: Path) -> str:
+    """The type of the file system that ``path`` lies on, e.g. ``"ext4"``; "" where not known."""
+    if sys.platform != "linux":
+        return ""
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+            lines = mounts.readlines()
+    except OSError:
+        return ""
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        if before.split()[2] == wanted:
+            return after.split()[0]
+    return ""
+
+
+def is_remote(file_system: str) -> bool:
+    """Whether files on such a file system can be written without this kernel's knowledge."""
+    return file_system in NETWORK_FILE_SYSTEMS or file_system.startswith("fuse")
+
+
+def watch_limit() -> int | None:
+    """How many inotify watches a user may hold in all; ``None`` where that cannot be read."""
+    try:
+        with open("/proc/sys/fs/inotify/max_user_watches", encoding="ascii") as limit:
+            return int(limit.read())
+    except (OSError, ValueError):
+        return None
+
+
+def protect_memory() -> None:
+    """Keep this process's memory, and the key in it, out of core dumps and from debuggers."""
+    if sys.platform != "win32":
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        _libc().prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)

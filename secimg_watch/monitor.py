@@ -1,0 +1,413 @@
+"""One thread a watched folder: hears hints, scans, lets files settle, and queues them.
+
+Folders do not wait for one another: a share that stopped answering holds up its own thread and
+no other. Nothing here reads a picture or changes a file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+from secimg_watch import kernel
+from secimg_watch.errors import FolderGoneError, SecimgError
+from secimg_watch.names import display
+from secimg_watch.records import Arrival, FolderKey, Proof, Settled
+from secimg_watch.roots import Root
+from secimg_watch.scan import Found, look, scan
+from secimg_watch.selection import Passed, Selection
+from secimg_watch.settle import Candidate, Evidence, Missing, ProofRule, Tracker, judge
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from secimg_watch.jobs import Jobs
+    from secimg_watch.policy import Folder
+    from secimg_watch.watcher import Watcher
+
+_TICK: Final = 1.0  # seconds between two looks at root and watcher
+_HINTS: Final = 10_000  # more than these, and a scan is cheaper than looking one by one
+_SCAN_SHARE: Final = 10  # a folder is not scanned for more than a tenth of the time on doubt
+
+log = logging.getLogger(__name__)
+
+
+class Health(StrEnum):
+    """The state of a folder, worst last."""
+
+    STARTING = "starting"
+    OK = "ok"
+    DEGRADED = "degraded"  # everything is taken, but later than it could be
+    PAUSED = "paused"  # something around it must recover first
+    GONE = "gone"  # the folder is not there
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What a monitor knows of its folder right now."""
+
+    health: Health
+    reason: str
+    mode: str  # "native" or "poll"
+    waiting: int  # files seen that are not complete yet
+    unready: int  # of these, settled ones that lack their proof
+    temporary: int
+    passed: dict[str, int]  # why -> how many, by the last full scan
+
+
+class Monitor(threading.Thread):
+    """Watches one folder. `attach` is called with each newly opened root before it is scanned."""
+
+    def __init__(
+        self,
+        policy: Folder,
+        jobs: Jobs,
+        watcher: Watcher | None,
+        *,
+        attach: Callable[[Root], None],
+        log_names: bool,
+    ) -> None:
+        """Nothing is opened before the thread runs. ``watcher``: ``None`` to poll."""
+        super().__init__(name=f"folder {policy.path}", daemon=True)
+        self.policy = policy
+        self.key = FolderKey(str(policy.path))
+        self.root: Root | None = None
+        self._jobs = jobs
+        self._attach = attach
+        self._log_names = log_names
+        self._selection = selection_of(policy)
+        self._tracker = Tracker(policy.settle)
+        self._rule = ProofRule(policy.proof)
+        self._native = watcher if policy.watch != "poll" else None
+        self._remote = False
+        self._changed = threading.Condition()
+        self._hints: dict[str, tuple[bool, bool]] = {}
+        self._doubts: list[str] = []
+        self._stopping = False
+        self._scanned = 0.0
+        self._next_scan = 0.0
+        self._scan_took = 0.0
+        self._scans = 0
+        self._watching = False
+        self._trouble = ""
+        self._passed: Counter[Passed] = Counter()
+        self._beat = time.monotonic()
+        self._sight = Sight(Health.STARTING, "", "poll", 0, 0, 0, {})
+
+    # -- called from other threads -----------------------------------------------------------
+
+    def hint(self, relpath: str, *, directory: bool, renamed: bool) -> None:
+        """Something happened to this path. Never blocks for long."""
+        with self._changed:
+            if len(self._hints) >= _HINTS:
+                self._hints.clear()
+                self._doubts.append("more events than can be followed one by one")
+            was = self._hints.get(relpath, (False, False))
+            self._hints[relpath] = (was[0] or directory, was[1] or renamed)
+            self._changed.notify()
+
+    def doubt(self, why: str) -> None:
+        """Events were lost, or somebody asks for a scan."""
+        with self._changed:
+            self._doubts.append(why)
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """End the thread soon."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+
+    def sight(self) -> Sight:
+        """What was known of the folder at the end of the last turn."""
+        return self._sight
+
+    def is_idle(self) -> bool:
+        """Whether all that is ready was queued: scanned, and nothing left that only needs time."""
+        with self._changed:
+            sight = self._sight
+            quiet = sight.waiting == sight.unready and not (self._hints or self._doubts)
+            return self._scans > 0 and quiet if sight.health is not Health.GONE else True
+
+    def last_beat(self) -> float:
+        """When this thread last showed a sign of life, on the monotonic clock."""
+        return self._beat
+
+    # -- the thread ----------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Turn after turn until `stop`."""
+        try:
+            while not self._stopping:
+                self._turn()
+        finally:
+            if self._native is not None:
+                self._native.unwatch(self.key)
+
+    def _turn(self) -> None:
+        self._beat = time.monotonic()
+        try:
+            self._check_root()
+            if self.root is not None:
+                self._follow_hints(self.root)
+                self._scan_if_due(self.root)
+                self._queue_complete(self.root)
+        except OSError as error:
+            # The folder stopped answering in the middle; the next turn looks at it anew.
+            self._trouble = f"the folder does not answer: {error.strerror}"
+            self._lose_root()
+        # Built here and handed out whole: other threads never see the tracker half-way.
+        self._sight = self._look_around()
+        with self._changed:
+            if not (self._hints or self._doubts or self._stopping):
+                self._changed.wait(self._sleep(time.monotonic()))
+
+    def _look_around(self) -> Sight:
+        health, reason = self._health()
+        return Sight(
+            health=health,
+            reason=reason,
+            mode="native" if self._watching else "poll",
+            waiting=self._tracker.waiting(),
+            unready=len(self._tracker.unready()),
+            temporary=self._passed[Passed.TEMPORARY],
+            passed={why.name.lower(): n for why, n in self._passed.items() if n},
+        )
+
+    def _sleep(self, now: float) -> float:
+        due = self._tracker.next_due()
+        return max(0.0, min(_TICK, self._next_scan - now, _TICK if due is None else due - now))
+
+    # -- root and watcher ----------------------------------------------------------------------
+
+    def _check_root(self) -> None:
+        if self.root is not None and not self.root.is_current():
+            log.warning("folder %s: it was removed, replaced or mounted over", self.key)
+            self._lose_root()
+        if self.root is None:
+            self._open_root()
+        elif self._watching and self._native is not None and not self._native.is_alive(self.key):
+            log.warning("folder %s: its watch died; watching anew", self.key)
+            self._watch(self.root)
+            self._next_scan = 0.0
+
+    def _lose_root(self) -> None:
+        self.root = None
+        self._watching = False
+        if self._native is not None:
+            self._native.unwatch(self.key)
+
+    def _open_root(self) -> None:
+        try:
+            root = Root(self.policy.path, self.policy.staging)
+            self._attach(root)
+        except SecimgError as error:
+            if not isinstance(error, FolderGoneError) and str(error) != self._trouble:
+                log.error("folder %s: %s", self.key, error)
+            self._trouble = str(error)
+            return
+        self._trouble = ""
+        self._remote = kernel.is_remote(kernel.file_system_type(self.policy.path))
+        self._watch(root)
+        self.root = root
+        self._next_scan = 0.0
+        log.info("folder %s: watched (%s)", self.key, "native" if self._watching else "poll")
+
+    def _watch(self, root: Root) -> None:
+        self._watching = False
+        if self._native is None or (self._remote and self.policy.watch == "auto"):
+            return
+        self._native.unwatch(self.key)
+        path = os.path.realpath(root.path)
+        try:
+            self._native.watch(self.key, path, self, recursive=self.policy.recursive)
+        except OSError as error:
+            self._trouble = f"it cannot be watched ({error.strerror}); polling instead"
+            return
+        self._watching = True
+
+    def _health(self) -> tuple[Health, str]:
+        if self.root is None:
+            return Health.GONE if self._trouble else Health.STARTING, self._trouble
+        if self._trouble:
+            return Health.DEGRADED, self._trouble
+        refused, why = self._refused()
+        if refused:
+            limit = kernel.watch_limit()
+            remedy = f"; raise fs.inotify.max_user_watches (now {limit})" if limit else ""
+            return Health.DEGRADED, (
+                f"{refused} sub-folders cannot be watched ({why}); polling them{remedy}"
+            )
+        if self.root.why_no_staging:
+            return Health.DEGRADED, f"{self.root.why_no_staging}; pictures are sealed in place"
+        if self._native is None and self.policy.watch == "native":
+            return Health.DEGRADED, "no native watching is to be had here; polling instead"
+        return Health.OK, ""
+
+    def _refused(self) -> tuple[int, str]:
+        return self._native.unwatched(self.key) if self._native and self._watching else (0, "")
+
+    # -- seeing files --------------------------------------------------------------------------
+
+    def _follow_hints(self, root: Root) -> None:
+        with self._changed:
+            hints, self._hints = self._hints, {}
+            doubts, self._doubts = self._doubts, []
+        if doubts:
+            log.info("folder %s: scanning it whole: %s", self.key, doubts[0])
+            self._next_scan = min(
+                self._next_scan, self._scanned + self._scan_took * _SCAN_SHARE
+            )
+        directories = {path for path, (directory, _) in hints.items() if directory}
+        for relpath, (directory, renamed) in hints.items():
+            if directory:
+                # A moved-in tree hints at each of its directories; the topmost scan sees all.
+                if directories.isdisjoint(_ancestors(relpath)):
+                    self._scan_below(root, relpath)
+            else:
+                found = look(root.fd, relpath, self._selection)
+                if found is None:
+                    self._tracker.forget(relpath)
+                else:
+                    self._see(found, renamed=renamed)
+
+    def _scan_below(self, root: Root, relpath: str) -> None:
+        # A sub-folder that is new, or was moved in with all that is in it: files may have been
+        # there before its watch was.
+        if not self._selection.enters(relpath):
+            return
+        try:
+            for found in scan(root.fd, self._selection, relpath):
+                self._see(found)
+        except OSError:
+            return  # gone again; the next full scan knows
+
+    def _scan_if_due(self, root: Root) -> None:
+        started = time.monotonic()
+        if started < self._next_scan:
+            return
+        passed: Counter[Passed] = Counter()
+        seen: set[str] = set()
+        for found in scan(root.fd, self._selection):
+            seen.add(found.relpath)
+            if found.passed is not None:
+                passed[found.passed] += 1
+            self._see(found)
+            self._beat = time.monotonic()
+        vanished = self._tracker.retain(seen)
+        if vanished:
+            self._jobs.count(self.key, "vanished", vanished)
+        self._jobs.forget_vanished(self.key, seen)
+        self._report_passed(passed)
+        self._scanned = time.monotonic()
+        self._scan_took = self._scanned - started
+        self._next_scan = self._scanned + self._interval()
+        self._scans += 1
+
+    def _interval(self) -> float:
+        fully_heard = self._watching and not self._refused()[0]
+        return self.policy.rescan if fully_heard else min(self.policy.poll, self.policy.rescan)
+
+    def _report_passed(self, passed: Counter[Passed]) -> None:
+        for why, count in passed.items():
+            if count > self._passed[why] and why is not Passed.STAGING:
+                log.info("folder %s: %d files are passed over: %s", self.key, count, why)
+        self._passed = passed
+
+    def _see(self, found: Found, *, renamed: bool = False) -> None:
+        if found.passed is None:
+            now, wall = time.monotonic(), time.time_ns()
+            self._tracker.observe(found.relpath, found.identity, now, wall, renamed=renamed)
+        elif found.passed is Passed.TEMPORARY:
+            self._tracker.observe_temporary(found.relpath, found.identity)
+
+    # -- queueing files ------------------------------------------------------------------------
+
+    def _queue_complete(self, root: Root) -> None:
+        now = time.monotonic()
+        complete = []
+        for candidate in self._tracker.due(now):
+            verdict = judge(self._rule, self.policy.settle, self._evidence(root, candidate))
+            if isinstance(verdict, Proof):
+                complete.append(self._settled(candidate, verdict))
+            else:
+                self._postpone(candidate, verdict, now)
+        if complete:
+            self._jobs.admit(complete)
+            for settled in complete:
+                self._tracker.hand_over(settled.arrival.relpath)
+
+    def _settled(self, candidate: Candidate, proof: Proof) -> Settled:
+        arrival = Arrival(
+            self.key, candidate.relpath, candidate.identity, candidate.first_seen_ns
+        )
+        return Settled(arrival, proof)
+
+    def _postpone(self, candidate: Candidate, missing: Missing, now: float) -> None:
+        self._tracker.postpone(candidate.relpath, missing, now)
+        if self._log_names:
+            log.debug("folder %s: %s: %s", self.key, display(candidate.relpath), missing)
+
+    def _evidence(self, root: Root, candidate: Candidate) -> Evidence:
+        lease = probe_lease(root.fd, candidate.relpath)
+        return Evidence(
+            writer=lease is kernel.Lease.WRITER,
+            leased=lease is kernel.Lease.GRANTED,
+            renamed=candidate.renamed,
+            sidecar=has_sidecar(root.fd, candidate.relpath, self.policy.sidecar),
+            quiet=candidate.quiet,
+            remote=self._remote,
+        )
+
+
+def selection_of(policy: Folder) -> Selection:
+    """The part of a folder's policy that looks at names."""
+    return Selection(
+        include=policy.include,
+        exclude=policy.exclude,
+        recursive=policy.recursive,
+        sidecar=policy.sidecar if policy.proof == ProofRule.SIDECAR else "",
+    )
+
+
+def _ancestors(relpath: str) -> set[str]:
+    return {relpath[:i] for i, letter in enumerate(relpath) if letter == "/"}
+
+
+def probe_lease(root: int, relpath: str) -> kernel.Lease:
+    """Ask whether anybody has a file open for writing, and give the lease straight back."""
+    try:
+        parent, name = kernel.open_parent(root, relpath)
+    except OSError:
+        return kernel.Lease.UNAVAILABLE
+    try:
+        fd = os.open(name, kernel.PICTURE, dir_fd=parent)
+    except OSError:
+        return kernel.Lease.UNAVAILABLE
+    finally:
+        os.close(parent)
+    try:
+        return kernel.take_read_lease(fd)
+    finally:
+        os.close(fd)
+
+
+def has_sidecar(root: int, relpath: str, suffix: str) -> bool:
+    """Whether a file's marker lies beside it."""
+    try:
+        parent, name = kernel.open_parent(root, relpath)
+    except OSError:
+        return False
+    try:
+        os.stat(name + suffix, dir_fd=parent, follow_symlinks=False)
+    except OSError:
+        return False
+    finally:
+        os.close(parent)
+    return True

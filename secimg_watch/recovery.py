@@ -1,0 +1,68 @@
+"""At start, and whenever a folder comes back: the queue is made to agree with the disk.
+
+Nothing is sealed or deleted here. Every file in a staging directory gets its job back under the
+object id that its directory is named after; the pipeline then does what is still to do, which
+for a committed object is to verify it anew and finish the deletion. Doing all this twice, or
+being killed in the middle of it, changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+from secimg_watch.jobs import State
+from secimg_watch.records import FolderKey, Identity, Job, ObjectId, Proof
+from secimg_watch.roots import QUARANTINE_NAME, only_file
+from secimg_watch.vault import is_object_id
+
+if TYPE_CHECKING:
+    from secimg_watch.jobs import Jobs
+    from secimg_watch.roots import Root
+
+
+def recover_folder(folder: FolderKey, root: Root, jobs: Jobs) -> int:
+    """Queue every claimed file of a folder, list every quarantined one; how many were claimed."""
+    found = 0
+    for name in root.entries():
+        if is_object_id(name) and _adopt(folder, root, jobs, name, State.QUEUED):
+            found += 1
+    for name in root.entries(QUARANTINE_NAME):
+        if is_object_id(name):
+            _adopt(folder, root, jobs, f"{QUARANTINE_NAME}/{name}", State.QUARANTINED)
+    return found
+
+
+def _adopt(folder: FolderKey, root: Root, jobs: Jobs, path: str, state: State) -> bool:
+    assert root.staging is not None  # noqa: S101 - there are entries, so there is a directory
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY, dir_fd=root.staging.fd)
+    try:
+        relpath = only_file(directory)
+        if relpath is None:
+            _remove_empty(root.staging.fd, path)
+            return False
+        status = os.stat(relpath, dir_fd=directory, follow_symlinks=False)
+    finally:
+        os.close(directory)
+    job = Job(
+        object_id=ObjectId(path.rsplit("/", 1)[-1]),
+        folder=folder,
+        relpath=relpath,
+        identity=Identity.of(status),
+        proof=Proof.RECOVERED,
+        attempts=0,
+        first_seen_ns=time.time_ns(),
+    )
+    jobs.adopt(job, state, "" if state is State.QUEUED else "found in quarantine")
+    return True
+
+
+def _remove_empty(staging: int, path: str) -> None:
+    # Claimed directories without a file: the process died between making them and the rename,
+    # or between the unlink and removing them.
+    for directory, _, _, _ in os.fwalk(path, topdown=False, dir_fd=staging):
+        try:
+            os.rmdir(directory, dir_fd=staging)
+        except OSError:
+            return

@@ -1,0 +1,351 @@
+"""The composition root: opens everything, runs monitors and workers, and ends them again."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from secimg_watch import kernel
+from secimg_watch.errors import (
+    AlreadyRunningError,
+    CannotCreateError,
+    DiskFullError,
+    EnvironmentFault,
+)
+from secimg_watch.gate import admit_key
+from secimg_watch.inspector import Inspector, Limits
+from secimg_watch.jobs import Jobs
+from secimg_watch.keys import provider_for
+from secimg_watch.monitor import Monitor
+from secimg_watch.pipeline import Pipeline, Place
+from secimg_watch.records import FolderKey
+from secimg_watch.recovery import recover_folder
+from secimg_watch.report import FolderReport, Report
+from secimg_watch.vault import Vault
+from secimg_watch.watcher import native_watcher
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from secimg_watch.keys import KeyProvider
+    from secimg_watch.policy import Policy
+    from secimg_watch.records import Job, KeyEncryptionKey
+    from secimg_watch.roots import Root
+    from secimg_watch.watcher import Watcher
+
+log = logging.getLogger(__name__)
+
+_KEY_RETRY: Final = 5.0  # seconds between two looks for a key that is locked away
+_IDLE: Final = 1.0  # seconds that a worker waits for a job before it shows a sign of life
+_STOP: Final = 20.0  # seconds that a job in hand may still take; below TimeoutStopSec
+_TRIM: Final = 600.0  # seconds between two clean-ups of the queue
+_FIRST_PAUSE: Final = 1.0
+_LAST_PAUSE: Final = 60.0
+
+
+@dataclass(slots=True)
+class _Pause:
+    until: float
+    length: float
+    reason: str
+
+
+@dataclass(slots=True)
+class _Worker:
+    thread: threading.Thread
+    beat: float = field(default_factory=time.monotonic)
+
+
+def key_provider(policy: Policy) -> KeyProvider:
+    """The provider that a policy names."""
+    key = policy.key
+    return provider_for(key.provider, key.name, file=key.file, command=key.command or ())
+
+
+def open_vaults(policy: Policy) -> dict[str, Vault]:
+    """The vaults of a policy by name; nothing on disk is touched."""
+    return {name: Vault(vault.path, vault.min_free) for name, vault in policy.vaults.items()}
+
+
+class Service:
+    """One running service. ``open`` first; then either ``start`` ... ``stop``, or neither."""
+
+    def __init__(self, policy: Policy, *, native: bool) -> None:
+        """``native``: whether folders may be watched natively; otherwise all are polled."""
+        self.policy = policy
+        self._wants_native = native
+        self._state_lock: int | None = None
+        self._stopping = threading.Event()
+        self._abandon_at: float | None = None
+        self._key_ready = threading.Event()
+        self._key: KeyEncryptionKey | None = None
+        self._key_state = "not looked for yet"
+        self._paused: dict[FolderKey, _Pause] = {}
+        self._monitors: dict[FolderKey, Monitor] = {}
+        self._workers: list[_Worker] = []
+        self._watcher: Watcher | None = None
+        self._trimmed = time.monotonic()
+        self._next_key_try = 0.0
+        self.vaults = open_vaults(policy)
+        self._vault_ids: dict[str, bytes] = {}
+        self._provider = key_provider(policy)
+        limits = policy.limits
+        self.inspector = Inspector(
+            Limits(
+                seconds=limits.decode_seconds,
+                pixels=limits.decode_pixels,
+                memory=limits.decode_memory,
+                file_size=limits.decode_file,
+            )
+        )
+
+    # -- opening and closing -------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Take hold of the state directory and open the queue.
+
+        Raises:
+            CannotCreateError: the state directory cannot be made.
+            AlreadyRunningError: another process uses it.
+        """
+        state = self.policy.state
+        try:
+            state.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._state_lock = kernel.lock_exclusively(state / "lock")
+        except OSError as error:
+            message = f"the state directory {state} cannot be used: {error.strerror}"
+            raise CannotCreateError(message) from error
+        if self._state_lock is None:
+            raise AlreadyRunningError(
+                f"another secimg-watch works with the state directory {state}",
+                hint="see it with: secimg-watch status",
+            )
+        os.ftruncate(self._state_lock, 0)
+        os.pwrite(self._state_lock, f"{os.getpid()}\n".encode(), 0)
+        self.jobs = Jobs(state / "queue.sqlite")
+        self.jobs.reclaim()
+
+    def try_key(self) -> bool:
+        """Read the key once, and admit it to every vault; false where it is locked away.
+
+        Raises:
+            ConfigError: no waiting helps: it is missing, insecure, or not this vault's.
+        """
+        try:
+            key = self._provider.load()
+            for name, vault in self.vaults.items():
+                self._vault_ids[name] = admit_key(vault, key).vault_id
+                if not vault.is_locked:
+                    vault.lock()
+                    vault.discard_temporaries()
+        except EnvironmentFault as error:
+            if self._key_state != str(error):
+                log.warning("key: %s", error)
+            self._key_state = str(error)
+            return False
+        self._key = key
+        self._key_state = "ready"
+        self._key_ready.set()
+        return True
+
+    def start(self) -> None:
+        """Start the inspector, a monitor for each folder, and the workers."""
+        self.inspector.start()
+        self._watcher = native_watcher() if self._wants_native else None
+        for folder in self.policy.folders:
+            key = FolderKey(str(folder.path))
+            self._monitors[key] = Monitor(
+                folder,
+                self.jobs,
+                self._watcher,
+                attach=lambda root, key=key: self._attach(key, root),
+                log_names=self.policy.log_names,
+            )
+        for monitor in self._monitors.values():
+            monitor.start()
+        for number in range(self.policy.worker_count):
+            worker = _Worker(threading.Thread(target=lambda: None))
+            worker.thread = threading.Thread(
+                target=self._work, args=(worker,), name=f"worker {number}", daemon=True
+            )
+            self._workers.append(worker)
+        for worker in self._workers:
+            worker.thread.start()
+
+    def _attach(self, key: FolderKey, root: Root) -> None:
+        found = recover_folder(key, root, self.jobs)
+        if found:
+            log.info("folder %s: %d claimed files are taken up again", key, found)
+
+    def stop(self) -> None:
+        """End monitors and workers; a job in hand is finished, or given back after 20 s."""
+        self._stopping.set()
+        self._abandon_at = time.monotonic() + _STOP
+        for monitor in self._monitors.values():
+            monitor.stop()
+        if self._workers:
+            self.jobs.wake()
+        for worker in self._workers:
+            worker.thread.join()
+        for monitor in self._monitors.values():
+            monitor.join(timeout=_IDLE)
+        self.inspector.close()
+        if self._watcher is not None:
+            self._watcher.close()
+
+    def close(self) -> None:
+        """Close the queue and give back every lock."""
+        for vault in self.vaults.values():
+            vault.unlock()
+        if self._state_lock is not None:
+            with contextlib.suppress(AttributeError):
+                self.jobs.close()
+            os.close(self._state_lock)
+            self._state_lock = None
+
+    # -- the workers ---------------------------------------------------------------------------
+
+    def _work(self, worker: _Worker) -> None:
+        while not self._stopping.is_set():
+            worker.beat = time.monotonic()
+            if not self._key_ready.wait(_IDLE):
+                continue
+            job = self.jobs.take(self._workable, _IDLE)
+            if job is not None:
+                self._process(job, worker)
+
+    def _workable(self) -> list[FolderKey]:
+        if self._stopping.is_set():
+            return []
+        now = time.monotonic()
+        return [
+            key
+            for key, monitor in self._monitors.items()
+            if monitor.root is not None
+            and (key not in self._paused or self._paused[key].until <= now)
+        ]
+
+    def _process(self, job: Job, worker: _Worker) -> None:
+        monitor = self._monitors[job.folder]
+        root = monitor.root
+        if root is None or self._key is None:
+            self.jobs.retry(job, "the folder is gone", 0.0, burn=False)
+            return
+        name = monitor.policy.vault
+        pipeline = Pipeline(
+            jobs=self.jobs,
+            inspector=self.inspector,
+            key=self._key,
+            from_device=self.policy.verify == "device",
+            max_attempts=self.policy.limits.attempts,
+            beat=lambda: self._beat(worker),
+        )
+        place = Place(monitor.policy, root, self.vaults[name], self._vault_ids[name])
+        try:
+            pipeline.process(job, place)
+        except EnvironmentFault as fault:
+            self._pause(job.folder, fault)
+        else:
+            self._paused.pop(job.folder, None)
+
+    def _beat(self, worker: _Worker) -> None:
+        """A sign of life in the middle of a job, and where a stopping service lets go of it."""
+        worker.beat = time.monotonic()
+        if self._abandon_at is not None and worker.beat > self._abandon_at:
+            raise EnvironmentFault("the service is stopping")
+
+    def _pause(self, folder: FolderKey, fault: EnvironmentFault) -> None:
+        vault = self._monitors[folder].policy.vault
+        concerned = [
+            key
+            for key, monitor in self._monitors.items()
+            if key == folder or (isinstance(fault, DiskFullError) and monitor.policy.vault == vault)
+        ]
+        for key in concerned:
+            before = self._paused.get(key)
+            length = min(before.length * 2, _LAST_PAUSE) if before else _FIRST_PAUSE
+            if before is None:
+                log.warning("folder %s: paused: %s", key, fault)
+            self._paused[key] = _Pause(time.monotonic() + length, length, str(fault))
+
+    # -- the owner's loop ----------------------------------------------------------------------
+
+    def tend(self) -> None:
+        """What has to be done every second or so by whoever owns the service.
+
+        Raises:
+            ConfigError: the key turned out to be missing, insecure or wrong.
+        """
+        if not self._key_ready.is_set() and time.monotonic() >= self._next_key_try:
+            self.try_key()
+            self._next_key_try = time.monotonic() + _KEY_RETRY
+        if time.monotonic() - self._trimmed > _TRIM:
+            self.jobs.trim()
+            self._trimmed = time.monotonic()
+
+    def rescan(self) -> None:
+        """Scan every folder now."""
+        for monitor in self._monitors.values():
+            monitor.doubt("asked for")
+
+    def oldest_beat(self) -> float:
+        """Seconds since the thread that has been silent longest showed a sign of life."""
+        beats = [m.last_beat() for m in self._monitors.values()]
+        beats += [w.beat for w in self._workers]
+        return time.monotonic() - min(beats, default=time.monotonic())
+
+    def dead_threads(self) -> list[str]:
+        """The names of threads that should run and do not."""
+        threads = [*self._monitors.values(), *(w.thread for w in self._workers)]
+        return [thread.name for thread in threads if not thread.is_alive()]
+
+    def is_idle(self) -> bool:
+        """Whether everything that is ready now is done."""
+        idle = all(monitor.is_idle() for monitor in self._monitors.values())
+        return idle and not self.jobs.due(self._workable())
+
+    def report(self, *, running: bool) -> Report:
+        """What there is to say about the service right now."""
+        warnings = [self._provider.warning] if self._provider.warning else []
+        return Report(
+            running=running,
+            pid=os.getpid(),
+            written=time.time(),
+            key=self._key_state,
+            inspector=self.inspector.confinement,
+            warnings=tuple(warnings),
+            folders=tuple(self._folder_report(m) for m in self._monitors.values()),
+        )
+
+    def _folder_report(self, monitor: Monitor) -> FolderReport:
+        sight = monitor.sight()
+        pause = self._paused.get(monitor.key)
+        health, reason = str(sight.health), sight.reason
+        if pause is not None and health in {"ok", "degraded"}:
+            health, reason = "paused", pause.reason
+        counters = self.jobs.counters(monitor.key)
+        states = self.jobs.states(monitor.key)
+        dwell = self.jobs.dwell(monitor.key)
+        return FolderReport(
+            path=str(monitor.key),
+            health=health,
+            reason=reason,
+            mode=sight.mode,
+            waiting=sight.waiting,
+            unready=sight.unready,
+            queued=sum(states.get(s, 0) for s in ("queued", "taken", "committed")),
+            sealed=counters.get("sealed", 0),
+            quarantined=states.get("quarantined", 0),
+            left=states.get("left", 0),
+            kept=states.get("kept", 0),
+            undeletable=states.get("undeletable", 0),
+            vanished=counters.get("vanished", 0),
+            temporary=sight.temporary,
+            passed=sight.passed,
+            dwell_ms={"p50": dwell.p50, "p95": dwell.p95, "max": dwell.longest},
+        )

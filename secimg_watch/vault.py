@@ -1,0 +1,292 @@
+"""A vault on disk: opaque objects, written so that an object under its final name is whole.
+
+``vault.json``                      format version, vault id, known key ids and their check values
+``objects/ab/<object id>.simg``     objects; ``ab`` are the id's first two digits
+``tmp/<object id>.simg``            objects that are being written or verified
+``lock``                            held by the one process that writes
+
+Write order, which everything else relies on: write under ``tmp/``, sync the file, (somebody else
+reads it back and compares), rename to its final name without ever overwriting, sync both
+directories. This module never sees a key.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import errno
+import json
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from secimg_watch import kernel
+from secimg_watch.errors import (
+    AlreadyRunningError,
+    CannotCreateError,
+    ConfigError,
+    DiskFullError,
+    NoInputError,
+    NotAllowedError,
+    StorageError,
+)
+from secimg_watch.records import Claimed, Committed, ObjectId, Sealed, Staged, Verified
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from secimg_watch.quantities import Reserve
+
+FORMAT: Final = 1
+SUFFIX: Final = ".simg"
+_OUT_OF_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_OBJECT_ID_DIGITS: Final = frozenset("0123456789abcdef")
+_OBJECT_ID_LENGTH: Final = 32
+
+
+def is_object_id(text: str) -> bool:
+    """Whether ``text`` has the form of an object id."""
+    return len(text) == _OBJECT_ID_LENGTH and set(text) <= _OBJECT_ID_DIGITS
+
+
+@dataclass(frozen=True, slots=True)
+class VaultInfo:
+    """What ``vault.json`` says: the vault's id (16 bytes), and a check value for each key id."""
+
+    vault_id: bytes
+    checks: dict[bytes, bytes]  # key id (16 bytes) -> check value (32 bytes)
+
+
+class Vault:
+    """One vault directory."""
+
+    def __init__(self, path: Path, reserve: Reserve) -> None:
+        """``reserve``: how much of the file system must stay free."""
+        self.path = path
+        self._reserve = reserve
+        self._lock_fd: int | None = None
+        self._guard = threading.Lock()
+        self._in_flight = 0
+
+    # -- the vault itself ------------------------------------------------------------------
+
+    def create(self, info: VaultInfo) -> None:
+        """Lay out an empty vault.
+
+        Raises:
+            CannotCreateError: the directory cannot be made or written.
+            ConfigError: there is a vault already.
+        """
+        if self.exists():
+            raise ConfigError(f"there is a vault in {self.path} already")
+        try:
+            for directory in (self.path, self.path / "objects", self.path / "tmp"):
+                directory.mkdir(mode=0o700, parents=directory == self.path, exist_ok=True)
+            self.write_info(info)
+        except OSError as error:
+            message = f"the vault {self.path} cannot be made: {error.strerror}"
+            raise CannotCreateError(message, hint="choose a directory that you may write") from error
+
+    def exists(self) -> bool:
+        """Whether a vault was laid out here."""
+        return (self.path / "vault.json").exists()
+
+    def write_info(self, info: VaultInfo) -> None:
+        """Write ``vault.json`` anew, atomically."""
+        keys = [
+            {"id": key_id.hex(), "check": base64.b64encode(check).decode()}
+            for key_id, check in info.checks.items()
+        ]
+        text = json.dumps({"format": FORMAT, "vault": info.vault_id.hex(), "keys": keys}, indent=2)
+        temporary = self.path / "vault.json.new"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(fd, "w", encoding="ascii") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(fd)
+        os.replace(temporary, self.path / "vault.json")
+        kernel.sync_path(self.path)
+
+    def info(self) -> VaultInfo:
+        """Read ``vault.json``.
+
+        Raises:
+            NoInputError: there is no vault.
+            ConfigError: the file is damaged, or of another format version.
+        """
+        path = self.path / "vault.json"
+        try:
+            fields = json.loads(path.read_text(encoding="ascii"))
+            if fields["format"] != FORMAT:
+                raise ConfigError(f"{path} has format {fields['format']}, not {FORMAT}")
+            checks = {
+                bytes.fromhex(key["id"]): base64.b64decode(key["check"]) for key in fields["keys"]
+            }
+            return VaultInfo(bytes.fromhex(fields["vault"]), checks)
+        except FileNotFoundError:
+            hint = "run: secimg-watch key init"
+            raise NoInputError(f"there is no vault in {self.path}", hint=hint) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is damaged", hint="restore it from a backup") from error
+        except OSError as error:
+            raise StorageError(f"{path} cannot be read: {error.strerror}") from error
+
+    def lock(self) -> None:
+        """Become the one writer of this vault.
+
+        Raises:
+            AlreadyRunningError: another process is.
+            NotAllowedError: the vault cannot be written.
+        """
+        try:
+            self._lock_fd = kernel.lock_exclusively(self.path / "lock")
+        except OSError as error:
+            message = f"the vault {self.path} cannot be written: {error.strerror}"
+            raise NotAllowedError(message) from error
+        if self._lock_fd is None:
+            raise AlreadyRunningError(f"another process writes to the vault {self.path}")
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether this process is the vault's writer."""
+        return self._lock_fd is not None
+
+    def unlock(self) -> None:
+        """Let others write."""
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    # -- writing ---------------------------------------------------------------------------
+
+    def stage(self, sealed: Sealed) -> Staged:
+        """Write an object under its temporary name, and sync it.
+
+        Raises:
+            DiskFullError: less would stay free than the reserve; nothing was left behind.
+            OSError: the system failed the write; nothing was left behind.
+        """
+        path = self._temporary(sealed.object_id)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        with self._space_for(sealed.size):
+            try:
+                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400)
+                try:
+                    for chunk in sealed.chunks():
+                        _write_all(fd, chunk)
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+            except BaseException as error:
+                self.discard(sealed.object_id)
+                if isinstance(error, OSError) and error.errno in _OUT_OF_SPACE:
+                    raise DiskFullError(f"the vault {self.path} is full") from error
+                raise
+        return Staged(sealed.claimed, sealed.object_id, path)
+
+    @contextlib.contextmanager
+    def _space_for(self, size: int) -> Iterator[None]:
+        with self._guard:
+            free, total = kernel.free_space(self.path)
+            if free - self._in_flight - size < self._reserve.of(total):
+                raise DiskFullError(
+                    f"the vault {self.path} has too little free space",
+                    hint="free some, or lower 'min_free'",
+                )
+            self._in_flight += size
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._in_flight -= size
+
+    def find(self, claimed: Claimed) -> Staged | None:
+        """The object of a claimed file that an earlier process committed, as merely staged.
+
+        It counts for nothing until it was verified anew.
+        """
+        object_id = claimed.inspected.held.job.object_id
+        path = self.object_path(object_id)
+        return Staged(claimed, object_id, path) if path.exists() else None
+
+    def commit(self, verified: Verified) -> Committed:
+        """Give a verified object its final name, and make the name durable. Idempotent.
+
+        Raises:
+            OSError: the system failed; the object is still under one of its two names.
+        """
+        staged = verified.staged
+        final = self.object_path(staged.object_id)
+        if staged.path != final:
+            self._make_shard(final.parent)
+            self._rename(staged.path, final)
+        kernel.sync_path(final.parent)
+        return Committed(verified, final)
+
+    def _make_shard(self, shard: Path) -> None:
+        try:
+            shard.mkdir(mode=0o700)
+        except FileExistsError:
+            return
+        kernel.sync_path(shard.parent)
+
+    def _rename(self, source: Path, target: Path) -> None:
+        source_dir = os.open(source.parent, kernel.DIRECTORY)
+        target_dir = os.open(target.parent, kernel.DIRECTORY)
+        try:
+            kernel.rename_noreplace(
+                source.name, target.name, source_dir=source_dir, target_dir=target_dir
+            )
+        finally:
+            os.close(source_dir)
+            os.close(target_dir)
+
+    def discard(self, object_id: ObjectId) -> None:
+        """Remove an object's temporary file, if there is one."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._temporary(object_id))
+
+    def discard_temporaries(self) -> int:
+        """At start: remove what an earlier process left under ``tmp/``; how many it was.
+
+        Safe, because a plaintext is only ever deleted after its object left ``tmp/``.
+        """
+        names = os.listdir(self.path / "tmp")
+        for name in names:
+            os.unlink(self.path / "tmp" / name)
+        return len(names)
+
+    # -- reading ---------------------------------------------------------------------------
+
+    def object_path(self, object_id: ObjectId) -> Path:
+        """Where an object lies under its final name."""
+        return self.path / "objects" / object_id[:2] / f"{object_id}{SUFFIX}"
+
+    def _temporary(self, object_id: ObjectId) -> Path:
+        return self.path / "tmp" / f"{object_id}{SUFFIX}"
+
+    def has(self, object_id: ObjectId) -> bool:
+        """Whether the object was committed."""
+        return self.object_path(object_id).exists()
+
+    def object_ids(self) -> list[ObjectId]:
+        """The ids of all objects, in order.
+
+        Raises:
+            NoInputError: there is no vault.
+        """
+        if not self.exists():
+            raise NoInputError(f"there is no vault in {self.path}")
+        return sorted(
+            ObjectId(path.stem)
+            for path in self.path.glob(f"objects/??/*{SUFFIX}")
+            if is_object_id(path.stem)
+        )
+
+
+def _write_all(fd: int, chunk: memoryview) -> None:
+    while chunk:
+        chunk = chunk[os.write(fd, chunk) :]

@@ -1,0 +1,65 @@
+"""Proof that an object can be read back: the only place where a `Verified` is made."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from secimg_watch import kernel
+from secimg_watch.errors import ChangedInHandError, TamperedError
+from secimg_watch.hold import refuse_if_changed
+from secimg_watch.records import Staged, Verified
+from secimg_watch.seal import open_object
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from secimg_watch.records import KeyEncryptionKey
+
+
+def verify(
+    staged: Staged,
+    *,
+    key: KeyEncryptionKey,
+    vault_id: bytes,
+    from_device: bool,
+    beat: Callable[[], None],
+) -> Verified:
+    """Read an object back from disk and compare it with the plaintext in hand, byte for byte.
+
+    The file key is unwrapped from the object's own slot with the stored key, so that what is
+    proved is what a later restore needs. Nothing that the sealing left in memory is used.
+
+    Args:
+        staged: the object.
+        key: the stored key.
+        vault_id: the vault that the object must belong to.
+        from_device: drop the object from the page cache first.
+        beat: called for each piece, as a sign of life.
+
+    Raises:
+        TamperedError: it does not open, or holds other bytes.
+        ChangedInHandError: the plaintext changed in the meantime.
+        OSError: it cannot be read.
+    """
+    claimed = staged.claimed
+    held = claimed.inspected.held
+    with open(staged.path, "rb", buffering=0) as stream:
+        if from_device:
+            kernel.drop_cache(stream.fileno())
+        opened = open_object(stream, [key], expect=staged.object_id, vault_id=vault_id)
+        opened.preview()  # authenticated only: another decoder run need not make the same one
+        _compare(opened.body(), held.fd, beat)
+    refuse_if_changed(held, claimed.identity)
+    return Verified(staged)
+
+
+def _compare(body: Iterable[memoryview], fd: int, beat: Callable[[], None]) -> None:
+    offset = 0
+    for piece in body:
+        beat()
+        if os.pread(fd, len(piece), offset) != piece:
+            raise TamperedError("what was written differs from what was read")
+        offset += len(piece)
+    if os.pread(fd, 1, offset):
+        raise ChangedInHandError("the file grew while it was in hand")

@@ -1,0 +1,216 @@
+"""Hints from inotify: something may have arrived here. The scan decides what did.
+
+What watchdog's own observer leaves silent is made visible by extending its inotify reader at two
+of its public methods. `_Reader.add_callback` sees every watch that the kernel refuses, so a
+folder that is only partly heard is known with the number and the reason; and it keeps our own
+staging directories unwatched. `_Reader.handle_event` sees the kernel's queue overflow.
+
+IN_MOVED_FROM is left out of every watch: watchdog holds each of those back for half a second to
+find its other half, and all later events of the folder wait behind it. Our own claims, which
+move a file out of sight, would delay every next arrival. So an arrival by rename is reported
+without its old name, which is what watchdog's "full" emitter does.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import threading
+import warnings
+from typing import TYPE_CHECKING, Protocol
+
+from watchdog.events import (
+    DirCreatedEvent,
+    DirMovedEvent,
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileMovedEvent,
+    FileSystemEvent,
+    FileSystemEventHandler,
+)
+
+from secimg_watch.selection import STAGING_NAME
+
+if TYPE_CHECKING:
+    from secimg_watch.records import FolderKey
+
+# A renamed sub-folder keeps its kernel watch, and its new path is learnt by adding that watch
+# again. watchdog warns of this, with paths of the folder in the text.
+warnings.filterwarnings("ignore", message="Callback with id", category=RuntimeWarning)
+
+_EVENTS: list[type[FileSystemEvent]] = [
+    FileCreatedEvent,
+    FileClosedEvent,
+    FileMovedEvent,
+    DirCreatedEvent,
+    DirMovedEvent,
+]
+
+
+class Listener(Protocol):
+    """Who takes the hints of one folder. Called from the watcher's threads; must not block."""
+
+    def hint(self, relpath: str, *, directory: bool, renamed: bool) -> None:
+        """Something happened to this path."""
+
+    def doubt(self, why: str) -> None:
+        """Events were lost: only a full scan can tell what is there."""
+
+
+class Watcher(Protocol):
+    """A source of hints."""
+
+    def watch(self, folder: FolderKey, root: str, listener: Listener, *, recursive: bool) -> None:
+        """Start giving hints; an ``OSError`` says that the folder cannot be watched at all."""
+
+    def unwatch(self, folder: FolderKey) -> None:
+        """Stop giving hints."""
+
+    def unwatched(self, folder: FolderKey) -> tuple[int, str]:
+        """How many sub-folders the kernel refused to watch, and why."""
+
+    def is_alive(self, folder: FolderKey) -> bool:
+        """Whether every thread that the folder's hints pass through is running."""
+
+    def close(self) -> None:
+        """Stop everything."""
+
+
+def native_watcher() -> Watcher | None:
+    """The kernel's watcher, or ``None`` where there is none and folders are polled.
+
+    ``None`` also where the kernel has no inotify instance left (EMFILE).
+    """
+    if sys.platform != "linux":
+        return None
+    try:
+        return InotifyWatcher()
+    except OSError:
+        return None
+
+
+class _Handler(FileSystemEventHandler):
+    """Turns events into hints. An exception here would end watchdog's dispatcher: none leaves."""
+
+    def __init__(self, root: str, listener: Listener) -> None:
+        self._prefix = root.rstrip("/") + "/"
+        self._listener = listener
+
+    def on_any_event(self, event: FileSystemEvent) -> None:
+        try:
+            moved = isinstance(event, FileMovedEvent | DirMovedEvent)
+            path = os.fsdecode(event.dest_path if moved else event.src_path)
+            if path.startswith(self._prefix):
+                relpath = path[len(self._prefix) :]
+                self._listener.hint(relpath, directory=event.is_directory, renamed=moved)
+        except Exception:  # noqa: BLE001 - see the class
+            self._listener.doubt("an event could not be understood")
+
+
+if sys.platform == "linux":
+    from watchdog.observers.api import BaseObserver, ObservedWatch
+    from watchdog.observers.inotify import InotifyFullEmitter
+    from watchdog.observers.inotify_c import (
+        CallbackId,
+        InotifyConstants,
+        InotifyEvent,
+        InotifyFD,
+        Mask,
+        WatchCallback,
+        WatchDescriptor,
+    )
+
+    class _Reader(InotifyFD):
+        """watchdog's inotify reader, with its silences made audible."""
+
+        def __init__(self, listener: Listener) -> None:
+            super().__init__()
+            self._listener = listener
+            self.refused: dict[bytes, int] = {}
+
+        def add_callback(
+            self, path: bytes, mask: Mask, callback: WatchCallback, id_: CallbackId
+        ) -> WatchDescriptor:
+            if STAGING_NAME.encode() in path.split(b"/"):
+                raise OSError(errno.EACCES, "staging directories are not watched")
+            try:
+                wanted = Mask(mask & ~InotifyConstants.IN_MOVED_FROM)
+                descriptor = super().add_callback(path, wanted, callback, id_)
+            except OSError as error:
+                # What vanished in between needs no watch.
+                if error.errno not in {errno.ENOENT, errno.ENOTDIR}:
+                    self.refused[path] = error.errno or 0
+                raise
+            self.refused.pop(path, None)
+            return descriptor
+
+        def handle_event(self, event: InotifyEvent) -> None:
+            if event.is_queue_overflow:
+                self._listener.doubt("the kernel's event queue overflowed")
+            super().handle_event(event)
+
+    class _Watch:
+        """One folder: an inotify instance of its own, so that one folder's storm drowns no other."""
+
+        def __init__(self, root: str, listener: Listener, *, recursive: bool) -> None:
+            self.reader = _Reader(listener)
+            self.observer = BaseObserver(InotifyFullEmitter, inotify_fd=self.reader)
+            try:
+                self.reader.start()
+                self.observer.start()
+                self.scheduled: ObservedWatch = self.observer.schedule(
+                    _Handler(root, listener), root, recursive=recursive, event_filter=_EVENTS
+                )
+            except BaseException:
+                self.close()
+                raise
+
+        def is_alive(self) -> bool:
+            threads = [self.reader, self.observer, *self.observer.emitters]
+            return len(threads) > 2 and all(thread.is_alive() for thread in threads)  # noqa: PLR2004 - reader, observer and an emitter
+
+        def close(self) -> None:
+            for thread in (self.observer, self.reader):
+                if thread.is_alive():
+                    thread.stop()
+            for thread in (self.observer, self.reader):
+                if thread.is_alive() and thread is not threading.current_thread():
+                    thread.join()
+
+    class InotifyWatcher:
+        """All natively watched folders."""
+
+        def __init__(self) -> None:
+            self._watches: dict[FolderKey, _Watch] = {}
+            self._lock = threading.Lock()
+
+        def watch(
+            self, folder: FolderKey, root: str, listener: Listener, *, recursive: bool
+        ) -> None:
+            watch = _Watch(root, listener, recursive=recursive)
+            with self._lock:
+                self._watches[folder] = watch
+
+        def unwatch(self, folder: FolderKey) -> None:
+            with self._lock:
+                watch = self._watches.pop(folder, None)
+            if watch is not None:
+                watch.close()
+
+        def unwatched(self, folder: FolderKey) -> tuple[int, str]:
+            with self._lock:
+                watch = self._watches.get(folder)
+            refused = dict(watch.reader.refused) if watch else {}
+            if not refused:
+                return 0, ""
+            return len(refused), os.strerror(next(iter(refused.values())))
+
+        def is_alive(self, folder: FolderKey) -> bool:
+            with self._lock:
+                watch = self._watches.get(folder)
+            return watch is not None and watch.is_alive()
+
+        def close(self) -> None:
+            for folder in list(self._watches):
+                self.unwatch(folder)
