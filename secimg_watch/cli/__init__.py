@@ -1,0 +1,64 @@
+"""The command line. Only here does the program exit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from secimg_watch import __version__
+from secimg_watch.cli import oneoff, running, setup, vaults
+from secimg_watch.cli.app import App
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="secimg-watch")
+@click.option(
+    "--policy",
+    "policy_path",
+    type=click.Path(path_type=Path),
+    help="Policy file. Default: $SECIMG_WATCH_POLICY, then the user's, then /etc/secimg-watch.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@click.option("-v", "--verbose", count=True, help="Say more; -vv shows where errors come from.")
+@click.pass_context
+def cli(context: click.Context, policy_path: Path | None, verbose: int, *, as_json: bool) -> None:
+    """Seal every picture that arrives in a folder into an encrypted vault.
+
+    Exit codes: 0 ok, 1 some items failed, 64 usage, 65 bad or tampered data, 66 no input,
+    73 cannot create, 74 input/output, 75 try again, 77 permission, 78 configuration or key.
+    """
+    context.obj = App(policy_path, as_json, verbose)
+
+
+for command in (
+    setup.quickstart,
+    setup.init,
+    setup.check,
+    running.run,
+    running.drain,
+    running.status,
+    running.why,
+    running.jobs,
+    vaults.vault,
+    setup.key,
+    oneoff.encrypt,
+    oneoff.decrypt,
+):
+    cli.add_command(command)
+
+_USAGE = 64
+
+
+def main() -> None:
+    """Run the command line. click's own exit code for wrong usage (2) becomes sysexits' 64."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        raise SystemExit(_USAGE) from None
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
+    except click.Abort:
+        raise SystemExit(130) from None
