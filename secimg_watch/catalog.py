@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from secimg_watch.errors import NoInputError, SecimgError, StorageError, UsageError
 from secimg_watch.gate import check_key
-from secimg_watch.records import ObjectId
 from secimg_watch.seal import open_object
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from secimg_watch.container import Meta
-    from secimg_watch.records import KeyEncryptionKey
+    from secimg_watch.records import KeyEncryptionKey, ObjectId
     from secimg_watch.restore import Destination
     from secimg_watch.seal import OpenedObject
     from secimg_watch.vault import Vault
@@ -86,7 +85,12 @@ class Catalog:
         return self._open(object_id, read)
 
     def restore(
-        self, object_id: ObjectId, destination: Destination, *, folder: bytes | None, name: bytes | None
+        self,
+        object_id: ObjectId,
+        destination: Destination,
+        *,
+        folder: bytes | None,
+        name: bytes | None,
     ) -> str:
         """Write one object's picture below ``destination``; the relative path it got.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from typing import TYPE_CHECKING
 
 from secimg_watch import kernel
@@ -120,11 +121,20 @@ def set_aside(job: Job, held: Held | None, root: Root) -> bool:
     with contextlib.suppress(FileExistsError):
         os.mkdir(QUARANTINE_NAME, 0o700, dir_fd=staging)
     object_id = job.object_id
-    os.rename(
-        object_id, f"{QUARANTINE_NAME}/{object_id}", src_dir_fd=staging, dst_dir_fd=staging
-    )
+    os.rename(object_id, f"{QUARANTINE_NAME}/{object_id}", src_dir_fd=staging, dst_dir_fd=staging)
     kernel.sync_directory(staging)
     return True
+
+
+def remove_marker(root: Root, relpath: str) -> None:
+    """Remove a producer's marker file, if it is a regular file; a failure does no harm."""
+    with contextlib.suppress(OSError):
+        parent, name = kernel.open_parent(root.fd, relpath)
+        try:
+            if stat.S_ISREG(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+                os.unlink(name, dir_fd=parent)
+        finally:
+            os.close(parent)
 
 
 def take_back(object_id: ObjectId, staging: Directory) -> bool:

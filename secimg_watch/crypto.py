@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
 
-from secimg_watch.errors import EnvironmentFault, TamperedError
+from secimg_watch.errors import NotReadyError, TamperedError
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 """What is accepted as a run of bytes."""
@@ -115,7 +115,7 @@ def argon2id(
     """Derive 32 bytes from a password by Argon2id (RFC 9106).
 
     Raises:
-        EnvironmentFault: there is not enough free memory now.
+        NotReadyError: there is not enough free memory now.
     """
     kdf = Argon2id(
         salt=salt, length=KEY_SIZE, iterations=iterations, lanes=lanes, memory_cost=memory_kib
@@ -124,7 +124,7 @@ def argon2id(
         return kdf.derive(password)
     except MemoryError:
         message = f"{memory_kib} KiB of memory, needed to check the password, are not free"
-        raise EnvironmentFault(message, hint="close other programs and try again") from None
+        raise NotReadyError(message, hint="close other programs and try again") from None
 
 
 def pbkdf2(password: bytes, salt: bytes, iterations: int) -> bytes:

@@ -19,6 +19,15 @@ class Disposition(Enum):
     QUARANTINE = "quarantine"
 
 
+def is_indifferent(policy: Folder) -> bool:
+    """Whether a file is sealed whatever is in it, and nothing of its content is shown.
+
+    Then no decoder has to look at it: that is cheaper, and a hostile picture meets none.
+    """
+    seals_all = policy.not_image == policy.undecodable == Disposition.SEAL.value
+    return seals_all and policy.preview == 0
+
+
 def disposition(policy: Folder, inspection: Inspection) -> Disposition:
     """What the policy wants done with a file of which the inspector says this.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import time
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 from secimg_watch import kernel
 from secimg_watch.claim import remove_directories
@@ -14,64 +15,100 @@ from secimg_watch.hold import refuse_if_changed
 from secimg_watch.records import Claimed, Committed, Erased, Identity
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from secimg_watch.roots import Root
 
+_REFUSED: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
-def erase(committed: Committed, root: Root) -> Erased:
-    """Unlink the very inode that was verified, and make that durable.
+
+@dataclass(frozen=True, slots=True)
+class Erasure:
+    """A committed object and what the policy wants done with its plaintext."""
+
+    committed: Committed
+    root: Root
+    keep: bool
+    move_to: Path | None
+
+
+def erase(batch: Sequence[Erasure]) -> list[Erased | Exception]:
+    """Unlink the very inodes that were verified, then make that durable; outcomes in order.
 
     A claimed file lies in a directory that nobody else can write. One in place is compared a
     last time; what is unlinked is a name, and the kernel offers no unlink of an inode, so
     between comparison and unlink another process of the folder's owner could still swap it.
 
-    Raises:
-        ChangedInHandError: the name leads to another file, or the file was written to.
-        OSError: the system refuses the unlink.
+    A ``ChangedInHandError`` among the outcomes says that a name led to another file, or that
+    the file was written to; an ``OSError`` that the system failed. Where it refuses the unlink
+    for good, the outcome is an ``Erased`` that says so.
     """
-    claimed = committed.verified.staged.claimed
+    outcomes: list[Erased | Exception] = []
+    touched: dict[int, int] = {}  # inode -> descriptor of a directory to be synced
+    for erasure in batch:
+        try:
+            _take_away(erasure)
+            outcomes.append(Erased(erasure.committed, time.time_ns()))
+            fd = _directory(erasure)
+            touched[os.fstat(fd).st_ino] = fd
+        except OSError as error:
+            refused = error.errno in _REFUSED
+            refusal = Erased(erasure.committed, time.time_ns(), error.strerror or "refused")
+            outcomes.append(refusal if refused else error)
+        except ChangedInHandError as error:
+            outcomes.append(error)
+    for fd in touched.values():
+        # After a power cut an unlink that was not durable leaves the plaintext in the staging
+        # directory, where recovery finds it: a failure here endangers nothing.
+        kernel.sync_directory(fd)
+    return outcomes
+
+
+def _take_away(erasure: Erasure) -> None:
+    claimed = erasure.committed.verified.staged.claimed
+    if erasure.keep:
+        return
     _refuse_if_swapped(claimed)
-    os.unlink(claimed.name, dir_fd=claimed.parent)
-    _settle_directory(claimed, root)
-    return Erased(committed, time.time_ns())
+    if erasure.move_to is None:
+        os.unlink(claimed.name, dir_fd=claimed.parent)
+    else:
+        _move_away(claimed, erasure.move_to)
+    if not claimed.in_place and erasure.root.staging is not None:
+        object_id = claimed.inspected.held.job.object_id
+        remove_directories(erasure.root.staging.fd, object_id, claimed.name)
 
 
-def move_away(committed: Committed, root: Root, target: Path) -> Erased:
-    """Move the plaintext into ``target`` instead of deleting it; never overwrites there.
+def _directory(erasure: Erasure) -> int:
+    # The directory that held a claimed file is gone as well, and it can only have gone empty:
+    # one sync of the staging directory does for both.
+    claimed = erasure.committed.verified.staged.claimed
+    staging = erasure.root.staging
+    return claimed.parent if claimed.in_place or staging is None else staging.fd
 
-    Raises:
-        ChangedInHandError: as for `erase`.
-        OSError: the move failed, e.g. ``target`` is on another file system.
-    """
-    claimed = committed.verified.staged.claimed
+
+def _move_away(claimed: Claimed, target: Path) -> None:
+    """Move the plaintext into ``target``; never overwrites there."""
     job = claimed.inspected.held.job
-    _refuse_if_swapped(claimed)
-    directory = target / os.path.dirname(job.relpath)
+    folder, _, name = job.relpath.rpartition("/")
+    directory = target / folder
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    name = os.path.basename(job.relpath)
     fd = os.open(directory, kernel.DIRECTORY)
     try:
-        for candidate in (name, f"{job.object_id}-{name}"[:255]):
+        taken = job.object_id + os.path.splitext(name)[1]
+        for candidate in (name, taken):
             try:
                 kernel.rename_noreplace(
                     claimed.name, candidate, source_dir=claimed.parent, target_dir=fd
                 )
-                break
             except FileExistsError:
-                continue
-        else:
-            raise FileExistsError(errno.EEXIST, "both names are taken", str(directory))
+                if candidate == taken:
+                    raise
+            else:
+                break
         kernel.sync_directory(fd)
     finally:
         os.close(fd)
-    _settle_directory(claimed, root)
-    return Erased(committed, time.time_ns())
-
-
-def keep(committed: Committed) -> Erased:
-    """Leave the plaintext where it is, because the policy says so."""
-    return Erased(committed, time.time_ns())
 
 
 def _refuse_if_swapped(claimed: Claimed) -> None:
@@ -79,14 +116,3 @@ def _refuse_if_swapped(claimed: Claimed) -> None:
     named = os.stat(claimed.name, dir_fd=claimed.parent, follow_symlinks=False)
     if Identity.of(named) != claimed.identity:
         raise ChangedInHandError("the name leads to another file now; nothing was deleted")
-
-
-def _settle_directory(claimed: Claimed, root: Root) -> None:
-    if claimed.in_place or root.staging is None:
-        kernel.sync_directory(claimed.parent)
-        return
-    object_id = claimed.inspected.held.job.object_id
-    remove_directories(root.staging.fd, object_id, claimed.name)
-    # One sync does for the unlink as well: the directory that held the file is gone, and it
-    # can only have gone empty.
-    kernel.sync_directory(root.staging.fd)

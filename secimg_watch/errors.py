@@ -7,7 +7,7 @@ SecimgError                  never raised itself
 ├── NoInputError         66  a file that was named does not exist or is not a regular file
 ├── CannotCreateError    73  an output exists, or its place cannot be written
 ├── StorageError         74  the operating system failed a read or a write
-├── EnvironmentFault     75  the surroundings are not ready; the same call works later
+├── NotReadyError     75  the surroundings are not ready; the same call works later
 │   ├── DiskFullError        the vault has less free space than the policy asks for
 │   ├── FolderGoneError      a watched folder vanished, was replaced or mounted over
 │   ├── KeyUnavailableError  the key is there but locked, or its service does not answer
@@ -90,26 +90,26 @@ class StorageError(SecimgError):
     retryable = True
 
 
-class EnvironmentFault(SecimgError):
+class NotReadyError(SecimgError):
     """The surroundings are not ready. Pauses a folder and burns no attempt of any job."""
 
     exit_code = 75
     retryable = True
 
 
-class DiskFullError(EnvironmentFault):
+class DiskFullError(NotReadyError):
     """The vault has less free space than the object and the policy's reserve need."""
 
 
-class FolderGoneError(EnvironmentFault):
+class FolderGoneError(NotReadyError):
     """A watched folder vanished, was replaced, or was mounted over."""
 
 
-class KeyUnavailableError(EnvironmentFault):
+class KeyUnavailableError(NotReadyError):
     """The key is locked away, or the service that keeps it does not answer."""
 
 
-class AlreadyRunningError(EnvironmentFault):
+class AlreadyRunningError(NotReadyError):
     """Another process holds the state directory or the vault."""
 
 

@@ -159,6 +159,8 @@ def _unqueued(folder: Folder, relpath: str, identity: Identity) -> Answer:
         return Answer(Verdict.WAITING, str(verdict))
     if identity.size == 0:
         grace = format_duration(EMPTY_GRACE)
-        return Answer(Verdict.SETTLING, f"it is empty; it is looked at once it stayed so for {grace}")
+        return Answer(
+            Verdict.SETTLING, f"it is empty; it is looked at once it stayed so for {grace}"
+        )
     settle = format_duration(folder.settle)
     return Answer(Verdict.SETTLING, f"it is taken once it stayed unchanged for {settle}")

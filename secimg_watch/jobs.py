@@ -25,7 +25,7 @@ from secimg_watch.errors import StorageError
 from secimg_watch.records import FolderKey, Identity, Job, ObjectId, Proof
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable, Sequence
     from pathlib import Path
 
     from secimg_watch.records import Settled
@@ -64,6 +64,7 @@ _INTO: Final = (
     "INTO job (object_id, folder, name, dev, ino, size, mtime_ns, ctime_ns, proof,"
     " first_seen_ns, state, reason) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)"
 )
+_COUNT: Final = "INSERT INTO counter VALUES (?,?,?) ON CONFLICT DO UPDATE SET n = n + excluded.n"
 _HISTORY: Final = 10_000  # sealed rows kept a folder; the counters go on for ever
 _DWELL_SAMPLE: Final = 1_000  # the newest sealed rows that dwell times are taken from
 _FIRST_DELAY: Final = 2.0
@@ -108,7 +109,7 @@ class Dwell:
 
 def back_off(attempts: int) -> float:
     """Seconds until the next attempt: doubling from 2 s to 1 h, with a quarter of jitter."""
-    delay = min(_FIRST_DELAY * 2 ** (attempts - 1), _LAST_DELAY)
+    delay = min(_FIRST_DELAY * 2.0 ** (attempts - 1), _LAST_DELAY)
     return delay * random.uniform(0.75, 1.25)  # noqa: S311 - spreads load, keeps no secret
 
 
@@ -123,6 +124,7 @@ class Jobs:
         """
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        self._released = False
         try:
             self._db = _open(path)
         except sqlite3.DatabaseError:
@@ -166,8 +168,12 @@ class Jobs:
                 # The file is here: another row for it, from a database out of date, is wrong.
                 self._db.execute(
                     f"INSERT OR REPLACE {_INTO}",
-                    _row(job.object_id, job.folder, job.relpath, job.identity, job.proof)
-                    + (job.first_seen_ns, state, reason),
+                    (
+                        *_row(job.object_id, job.folder, job.relpath, job.identity, job.proof),
+                        job.first_seen_ns,
+                        state,
+                        reason,
+                    ),
                 )
             self._changed.notify_all()
 
@@ -186,7 +192,7 @@ class Jobs:
             while True:
                 row = self._take_one(folders())
                 left = deadline - time.monotonic()
-                if row is not None or left <= 0:
+                if row is not None or left <= 0 or self._released:
                     return row
                 self._changed.wait(left)
 
@@ -206,18 +212,21 @@ class Jobs:
         """The object is in the vault for good; what is left is the plaintext."""
         self._set(job.object_id, State.COMMITTED)
 
-    def done(self, job: Job, size: int, gone_ns: int) -> None:
-        """The plaintext is gone: count it, and forget its name."""
-        dwell = max(0, gone_ns - job.first_seen_ns) // 1_000_000
+    def done(self, gone: Sequence[tuple[Job, int]]) -> None:
+        """The plaintexts are gone, each at its time (ns): count them, and forget their names."""
+        if not gone:
+            return
         with self._changed:
             self._db.execute("BEGIN")
-            self._db.execute("DELETE FROM job WHERE object_id = ?", (job.object_id,))
-            self._record(job, size, gone_ns, dwell)
+            for job, gone_ns in gone:
+                self._db.execute("DELETE FROM job WHERE object_id = ?", (job.object_id,))
+                dwell = max(0, gone_ns - job.first_seen_ns) // 1_000_000
+                self._record(job, gone_ns, dwell)
             self._db.execute("COMMIT")
             self._changed.notify_all()
 
     def rest(self, job: Job, state: State, reason: str, *, sealed: bool = False) -> None:
-        """Nothing more will happen to this job by itself; ``sealed``: its object is in the vault."""
+        """The job goes on only when asked to; ``sealed``: its object is in the vault."""
         with self._changed:
             self._db.execute("BEGIN")
             self._db.execute(
@@ -225,20 +234,20 @@ class Jobs:
                 (state, reason, job.object_id),
             )
             if sealed:
-                self._record(job, job.identity.size, time.time_ns(), 0)
+                self._record(job, time.time_ns(), 0)
             self._db.execute("COMMIT")
             self._changed.notify_all()
 
-    def _record(self, job: Job, size: int, when_ns: int, dwell_ms: int) -> None:
+    def _record(self, job: Job, when_ns: int, dwell_ms: int) -> None:
         self._db.execute(
             "INSERT OR IGNORE INTO sealed VALUES (?,?,?,?,?)",
-            (job.object_id, job.folder, size, when_ns, dwell_ms),
+            (job.object_id, job.folder, job.identity.size, when_ns, dwell_ms),
         )
         self._add(job.folder, "sealed", 1)
-        self._add(job.folder, "bytes", size)
+        self._add(job.folder, "bytes", job.identity.size)
 
     def retry(self, job: Job, reason: str, delay: float, *, burn: bool = True) -> None:
-        """Queue a job again after ``delay`` seconds; without ``burn`` the attempt is given back."""
+        """Queue a job again in ``delay`` seconds. Without ``burn`` its attempt does not count."""
         with self._changed:
             self._db.execute(
                 "UPDATE job SET state = 'queued', reason = ?, not_before = ?,"
@@ -259,7 +268,8 @@ class Jobs:
         with self._changed:
             changed = self._db.execute(
                 "UPDATE job SET state = 'queued', attempts = 0, not_before = 0, reason = ''"
-                " WHERE object_id = ? AND state IN ('quarantined', 'left', 'undeletable', 'queued')",
+                " WHERE object_id = ?"
+                " AND state IN ('quarantined', 'left', 'undeletable', 'queued')",
                 (object_id,),
             ).rowcount
             self._changed.notify_all()
@@ -276,9 +286,10 @@ class Jobs:
             gone = [(i,) for i, name in rows if os.fsdecode(name) not in seen]
             self._db.executemany("DELETE FROM job WHERE object_id = ?", gone)
 
-    def wake(self) -> None:
-        """Wake whoever waits in `take`."""
+    def release(self) -> None:
+        """From now on nobody waits in `take` any more."""
         with self._changed:
+            self._released = True
             self._changed.notify_all()
 
     def trim(self) -> None:
@@ -299,10 +310,7 @@ class Jobs:
             self._add(folder, what, by)
 
     def _add(self, folder: FolderKey, what: str, by: int) -> None:
-        self._db.execute(
-            "INSERT INTO counter VALUES (?,?,?) ON CONFLICT DO UPDATE SET n = n + excluded.n",
-            (folder, what, by),
-        )
+        self._db.execute(_COUNT, (folder, what, by))
 
     def counters(self, folder: FolderKey) -> dict[str, int]:
         """All counters of a folder since the database was made."""
@@ -329,8 +337,8 @@ class Jobs:
         marks = ",".join("?" * len(folders))
         with self._lock:
             query = (
-                "SELECT count(*) FROM job WHERE state IN ('taken', 'committed') OR"  # noqa: S608 - only question marks are put in
-                f" (state = 'queued' AND not_before <= ? AND folder IN ({marks}))"
+                "SELECT count(*) FROM job WHERE state IN ('taken', 'committed')"  # noqa: S608 - only question marks are put in
+                f" OR (state = 'queued' AND not_before <= ? AND folder IN ({marks}))"
             )
             return int(self._db.execute(query, (time.time(), *folders)).fetchone()[0])
 
@@ -368,8 +376,10 @@ class Jobs:
                 FolderKey(r[1]),
                 os.fsdecode(r[2]),
                 State(r[3]),
-                *r[4:7],
-                Identity(*r[7:12]),
+                attempts=r[4],
+                not_before=r[5],
+                reason=r[6],
+                identity=_identity(*r[7:12]),
             )
             for r in found
         ]
@@ -417,13 +427,17 @@ def _unsigned(number: int) -> int:
     return number + (1 << 64) if number < 0 else number
 
 
+def _identity(dev: int, ino: int, size: int, mtime_ns: int, ctime_ns: int) -> Identity:
+    return Identity(_unsigned(dev), _unsigned(ino), size, mtime_ns, ctime_ns)
+
+
 def _job(row: tuple[Any, ...]) -> Job:
     object_id, folder, name, dev, ino, size, mtime, ctime, proof, attempts, seen = row
     return Job(
         object_id=ObjectId(object_id),
         folder=FolderKey(folder),
         relpath=os.fsdecode(name),
-        identity=Identity(_unsigned(dev), _unsigned(ino), size, mtime, ctime),
+        identity=_identity(dev, ino, size, mtime, ctime),
         proof=Proof(proof),
         attempts=attempts,
         first_seen_ns=seen,

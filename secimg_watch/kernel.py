@@ -6,9 +6,9 @@ answers what is true there: no lease can be had, a cache cannot be dropped.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
+import functools
 import os
 import shutil
 import signal
@@ -62,30 +62,48 @@ def take_read_lease(fd: int) -> Lease:
     A granted lease proves that no descriptor and no shared mapping can write the file. A later
     open for writing breaks it: the opener waits, and `lease_intact` turns false.
     """
-    if sys.platform != "linux":
-        return Lease.UNAVAILABLE
-    try:
-        # The default signal of a lease break would end the process; SIGURG is ignored by
-        # default, and the break is found by asking.
-        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-    except OSError as error:
-        return Lease.WRITER if error.errno == errno.EAGAIN else Lease.UNAVAILABLE
-    return Lease.GRANTED
+    answer = Lease.UNAVAILABLE
+    if sys.platform == "linux":
+        try:
+            # The default signal of a lease break would end the process; SIGURG is ignored by
+            # default, and the break is found by asking.
+            fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            answer = Lease.GRANTED
+        except OSError as error:
+            if error.errno == errno.EAGAIN:
+                answer = Lease.WRITER
+    return answer
 
 
 def lease_intact(fd: int) -> bool:
     """Whether the read lease still holds: false as soon as somebody opens for writing."""
-    if sys.platform != "linux":
-        return False
-    return fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_RDLCK
-
-
-def release_lease(fd: int) -> None:
-    """Give the lease up at once, so that a waiting writer goes on."""
+    intact = False
     if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        intact = fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_RDLCK
+    return intact
+
+
+def read_at(fd: int, buffer: memoryview, offset: int) -> int:
+    """Fill ``buffer`` from a position of the file; how many bytes there were.
+
+    Where the system has such a call, the descriptor's own offset is neither used nor moved: a
+    child process may share it.
+    """
+    if sys.platform != "win32":
+        count = os.preadv(fd, [buffer], offset)
+    else:
+        os.lseek(fd, offset, os.SEEK_SET)
+        data = os.read(fd, len(buffer))
+        count = len(data)
+        buffer[:count] = data
+    return count
+
+
+def make_private(fd: int) -> None:
+    """Take all rights to an open directory from everybody but its owner."""
+    if sys.platform != "win32":
+        os.fchmod(fd, 0o700)
 
 
 def rename_noreplace(source: str, target: str, *, source_dir: int, target_dir: int) -> None:
@@ -98,9 +116,7 @@ def rename_noreplace(source: str, target: str, *, source_dir: int, target_dir: i
     if sys.platform == "linux" and _renameat2(source, target, source_dir, target_dir):
         return
     # A file system without RENAME_NOREPLACE: link(2) refuses a taken name just the same.
-    os.link(
-        source, target, src_dir_fd=source_dir, dst_dir_fd=target_dir, follow_symlinks=False
-    )
+    os.link(source, target, src_dir_fd=source_dir, dst_dir_fd=target_dir, follow_symlinks=False)
     os.unlink(source, dir_fd=source_dir)
 
 
@@ -123,6 +139,7 @@ def _renameat2(source: str, target: str, source_dir: int, target_dir: int) -> bo
     raise OSError(code, os.strerror(code), target)
 
 
+@functools.cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
@@ -194,19 +211,18 @@ def free_space(path: Path) -> tuple[int, int]:
 
 def file_system_type(path: Path) -> str:
     """The type of the file system that ``path`` lies on, e.g. ``"ext4"``; "" where not known."""
-    if sys.platform != "linux":
-        return ""
-    device = os.stat(path).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
-            lines = mounts.readlines()
-    except OSError:
-        return ""
-    for line in lines:
-        before, _, after = line.partition(" - ")
-        if before.split()[2] == wanted:
-            return after.split()[0]
+    if sys.platform == "linux":
+        device = os.stat(path).st_dev
+        wanted = f"{os.major(device)}:{os.minor(device)}"
+        try:
+            with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+                lines = mounts.readlines()
+        except OSError:
+            return ""
+        for line in lines:
+            before, _, after = line.partition(" - ")
+            if before.split()[2] == wanted:
+                return after.split()[0]
     return ""
 
 

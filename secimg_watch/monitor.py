@@ -21,7 +21,7 @@ from secimg_watch.names import display
 from secimg_watch.records import Arrival, FolderKey, Proof, Settled
 from secimg_watch.roots import Root
 from secimg_watch.scan import Found, look, scan
-from secimg_watch.selection import Passed, Selection
+from secimg_watch.selection import STAGING_NAME, Passed, Selection
 from secimg_watch.settle import Candidate, Evidence, Missing, ProofRule, Tracker, judge
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Sight:
     unready: int  # of these, settled ones that lack their proof
     temporary: int
     passed: dict[str, int]  # why -> how many, by the last full scan
+    scanned: bool  # at least once since the folder was opened
 
 
 class Monitor(threading.Thread):
@@ -93,12 +94,11 @@ class Monitor(threading.Thread):
         self._scanned = 0.0
         self._next_scan = 0.0
         self._scan_took = 0.0
-        self._scans = 0
         self._watching = False
         self._trouble = ""
         self._passed: Counter[Passed] = Counter()
         self._beat = time.monotonic()
-        self._sight = Sight(Health.STARTING, "", "poll", 0, 0, 0, {})
+        self._sight = Sight(Health.STARTING, "", "poll", 0, 0, 0, {}, scanned=False)
 
     # -- called from other threads -----------------------------------------------------------
 
@@ -133,7 +133,7 @@ class Monitor(threading.Thread):
         with self._changed:
             sight = self._sight
             quiet = sight.waiting == sight.unready and not (self._hints or self._doubts)
-            return self._scans > 0 and quiet if sight.health is not Health.GONE else True
+            return sight.health is Health.GONE or (sight.scanned and quiet)
 
     def last_beat(self) -> float:
         """When this thread last showed a sign of life, on the monotonic clock."""
@@ -178,6 +178,7 @@ class Monitor(threading.Thread):
             unready=len(self._tracker.unready()),
             temporary=self._passed[Passed.TEMPORARY],
             passed={why.name.lower(): n for why, n in self._passed.items() if n},
+            scanned=self._scanned > 0,
         )
 
     def _sleep(self, now: float) -> float:
@@ -261,9 +262,7 @@ class Monitor(threading.Thread):
             doubts, self._doubts = self._doubts, []
         if doubts:
             log.info("folder %s: scanning it whole: %s", self.key, doubts[0])
-            self._next_scan = min(
-                self._next_scan, self._scanned + self._scan_took * _SCAN_SHARE
-            )
+            self._next_scan = min(self._next_scan, self._scanned + self._scan_took * _SCAN_SHARE)
         directories = {path for path, (directory, _) in hints.items() if directory}
         for relpath, (directory, renamed) in hints.items():
             if directory:
@@ -308,7 +307,6 @@ class Monitor(threading.Thread):
         self._scanned = time.monotonic()
         self._scan_took = self._scanned - started
         self._next_scan = self._scanned + self._interval()
-        self._scans += 1
 
     def _interval(self) -> float:
         fully_heard = self._watching and not self._refused()[0]
@@ -344,9 +342,7 @@ class Monitor(threading.Thread):
                 self._tracker.hand_over(settled.arrival.relpath)
 
     def _settled(self, candidate: Candidate, proof: Proof) -> Settled:
-        arrival = Arrival(
-            self.key, candidate.relpath, candidate.identity, candidate.first_seen_ns
-        )
+        arrival = Arrival(self.key, candidate.relpath, candidate.identity, candidate.first_seen_ns)
         return Settled(arrival, proof)
 
     def _postpone(self, candidate: Candidate, missing: Missing, now: float) -> None:
@@ -372,8 +368,15 @@ def selection_of(policy: Folder) -> Selection:
         include=policy.include,
         exclude=policy.exclude,
         recursive=policy.recursive,
-        sidecar=policy.sidecar if policy.proof == ProofRule.SIDECAR else "",
+        sidecar=policy.sidecar if policy.proof == "sidecar" else "",
+        staging=_staging_inside(policy) or STAGING_NAME,
     )
+
+
+def _staging_inside(policy: Folder) -> str | None:
+    if policy.staging is None or not policy.staging.is_relative_to(policy.path):
+        return None
+    return str(policy.staging.relative_to(policy.path))
 
 
 def _ancestors(relpath: str) -> set[str]:

@@ -4,6 +4,9 @@ At any instant, and whenever the process dies, the picture exists whole: as plai
 own name or in the staging directory until step (8), and from step (7) on as an object under its
 final name that was read back in step (6). Each step may be repeated; a process that finds the
 work of an earlier one goes on behind it, after verifying anew.
+
+Steps (1) to (6) are a worker's, one picture at a time. Steps (7) to (9) take all pictures that
+are verified by then together, so that one sync of a directory serves many.
 """
 
 from __future__ import annotations
@@ -13,40 +16,50 @@ import errno
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from secimg_watch.claim import claim, set_aside
-from secimg_watch.disposition import Disposition, disposition
-from secimg_watch.erase import erase, keep, move_away
+from secimg_watch.claim import claim, remove_marker, set_aside
+from secimg_watch.disposition import Disposition, disposition, is_indifferent
+from secimg_watch.erase import Erasure, erase
 from secimg_watch.errors import (
     ChangedInHandError,
     DiskFullError,
-    EnvironmentFault,
     NotAllowedError,
+    NotReadyError,
     SecimgError,
     StorageError,
 )
 from secimg_watch.hold import hold
 from secimg_watch.jobs import State, back_off
-from secimg_watch.records import Inspected, Label
+from secimg_watch.records import Inspected, Label, Proof
 from secimg_watch.sealing import seal
+from secimg_watch.vault import Vault, commit
 from secimg_watch.verify import verify
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from secimg_watch.inspector import Inspector
     from secimg_watch.jobs import Jobs
     from secimg_watch.policy import Folder
-    from secimg_watch.records import Claimed, Committed, Erased, Held, Job, KeyEncryptionKey
+    from secimg_watch.records import (
+        Claimed,
+        Committed,
+        Erased,
+        FolderKey,
+        Held,
+        Job,
+        KeyEncryptionKey,
+        Verified,
+    )
     from secimg_watch.roots import Root
-    from secimg_watch.vault import Vault
+
+R = TypeVar("R")
 
 log = logging.getLogger(__name__)
 
 _OUT_OF_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _FORBIDDEN: Final = frozenset({errno.EACCES, errno.EPERM})
-_CANNOT_DELETE: Final = _FORBIDDEN | {errno.EROFS}
 _SURROUNDINGS: Final = frozenset(
     {errno.EIO, errno.ESTALE, errno.EHOSTDOWN, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT}
     | {errno.ENOTCONN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EROFS}
@@ -65,6 +78,25 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Task:
+    """A verified object on its way into the vault, and what still holds its plaintext."""
+
+    verified: Verified
+    place: Place
+    hands: ExitStack
+
+    @property
+    def held(self) -> Held:
+        """The file in hand."""
+        return self.verified.staged.claimed.inspected.held
+
+    @property
+    def job(self) -> Job:
+        """The job that it is done for."""
+        return self.held.job
+
+
+@dataclass(frozen=True, slots=True)
 class Pipeline:
     """Everything that processing needs besides the job and its place."""
 
@@ -75,48 +107,52 @@ class Pipeline:
     max_attempts: int
     beat: Callable[[], None]
 
-    def process(self, job: Job, place: Place) -> None:
-        """Take one job as far as it goes, and record how far that was.
+    def process(self, job: Job, place: Place) -> Task | None:
+        """Take one job up to its verified object; ``None`` where it ends before that.
+
+        What became of a job that ends early is recorded.
 
         Raises:
-            EnvironmentFault: the surroundings fail; the job waits, with no attempt burnt.
+            NotReadyError: the surroundings fail; the job waits, with no attempt burnt.
         """
         with ExitStack() as hands:
             try:
                 held = hold(job, place.root, hands)  # (1)
             except FileNotFoundError:
                 self._gone(job, place)
-                return
+                return None
             except (SecimgError, OSError) as error:
                 self._failed(job, place, None, error)
-                return
+                return None
             try:
-                self._process_held(held, place, hands)
-            except Exception as error:  # noqa: BLE001 - nothing that one picture does ends a worker
+                verified = self._process_held(held, place, hands)
+            except Exception as error:
                 log.debug("object %s", job.object_id, exc_info=error)
                 self._failed(job, place, held, error)
+                return None
+            return None if verified is None else Task(verified, place, hands.pop_all())
 
-    def _process_held(self, held: Held, place: Place, hands: ExitStack) -> None:
-        job = held.job
+    def _process_held(self, held: Held, place: Place, hands: ExitStack) -> Verified | None:
         inspected = self._inspect(held, place.policy)  # (2)
         match disposition(place.policy, inspected.inspection):
             case Disposition.LEAVE:
-                reason = _describe(inspected)
-                self.jobs.rest(job, State.LEFT, f"{reason}; the policy leaves it in the folder")
-                return
+                reason = f"{_describe(inspected)}; the policy leaves it in the folder"
+                self.jobs.rest(held.job, State.LEFT, reason)
             case Disposition.QUARANTINE:
                 reason = f"{_describe(inspected)}; the policy sets it aside"
-                self._quarantine(job, held, place, reason)
-                return
+                self._quarantine(held.job, held, place, reason)
             case Disposition.SEAL:
-                pass
-        move = place.policy.after.action != "keep"
-        claimed = claim(inspected, place.root, hands, move=move)  # (3)
-        committed = self._commit(claimed, place)  # (4) to (7)
-        self.jobs.committed(job)
-        self._finish(committed, place)  # (8)
+                move = place.policy.after.action != "keep"
+                claimed = claim(inspected, place.root, hands, move=move)  # (3)
+                if held.job.proof is Proof.SIDECAR:
+                    # It has served: left behind, it would vouch for the next file of that name.
+                    remove_marker(place.root, held.job.relpath + place.policy.sidecar)
+                return self._seal_and_verify(claimed, place)  # (4) to (6)
+        return None
 
     def _inspect(self, held: Held, policy: Folder) -> Inspected:
+        if is_indifferent(policy):
+            return Inspected(held, self.inspector.name_only(held.fd))
         inspection = self.inspector.inspect(
             held.fd,
             size=held.identity.size,
@@ -125,49 +161,78 @@ class Pipeline:
         )
         return Inspected(held, inspection)
 
-    def _commit(self, claimed: Claimed, place: Place) -> Committed:
-        vault = place.vault
-        staged = vault.find(claimed)
+    def _seal_and_verify(self, claimed: Claimed, place: Place) -> Verified:
+        staged = place.vault.find(claimed)
         if staged is None:
             sealed = seal(claimed, key=self.key, vault_id=place.vault_id, beat=self.beat)  # (4)
-            staged = vault.stage(sealed)  # (5)
+            staged = place.vault.stage(sealed)  # (5)
         try:
-            verified = verify(  # (6)
+            return verify(  # (6)
                 staged,
                 key=self.key,
                 vault_id=place.vault_id,
                 from_device=self.from_device,
                 beat=self.beat,
             )
-            return vault.commit(verified)  # (7)
         except BaseException:
-            vault.discard(staged.object_id)
+            place.vault.discard(staged.object_id)
             raise
 
-    def _finish(self, committed: Committed, place: Place) -> None:
-        job = committed.verified.staged.claimed.inspected.held.job
-        try:
-            erased = self._erase(committed, place)
-        except OSError as error:
-            if error.errno not in _CANNOT_DELETE:
-                raise
-            reason = f"sealed, but the plaintext cannot be deleted: {error.strerror}"
-            log.error("folder %s: object %s: %s", job.folder, job.object_id, reason)
-            self.jobs.rest(job, State.UNDELETABLE, reason, sealed=True)
-            return
-        if place.policy.after.action == "keep":
-            self.jobs.rest(job, State.KEPT, "sealed; the policy keeps the plaintext", sealed=True)
-        else:
-            self.jobs.done(job, committed.verified.staged.claimed.identity.size, erased.erased_ns)
-        log.info("sealed object %s proof=%s", job.object_id, job.proof)
+    def finish(self, tasks: Sequence[Task]) -> list[tuple[FolderKey, NotReadyError]]:
+        """Commit verified objects and erase their plaintexts, many with one sync.
 
-    def _erase(self, committed: Committed, place: Place) -> Erased:
-        after = place.policy.after
-        if after.action == "keep":
-            return keep(committed)
-        if after.directory is not None:
-            return move_away(committed, place.root, after.directory)
-        return erase(committed, place.root)
+        Gives the folders whose surroundings failed, and how; their jobs wait.
+        """
+        faults: list[tuple[FolderKey, NotReadyError]] = []
+        with ExitStack() as hands:
+            for task in tasks:
+                hands.push(task.hands)
+            committed = self._sort_out(tasks, commit([_vaulted(t) for t in tasks]), faults)  # (7)
+            self._note_in_place(committed)
+            gone = erase([_erasure(task, done) for task, done in committed])  # (8)
+            finished = [task for task, _ in committed]
+            self._record(self._sort_out(finished, gone, faults))  # (9)
+        return faults
+
+    def _sort_out(
+        self,
+        tasks: Sequence[Task],
+        outcomes: Sequence[R | Exception],
+        faults: list[tuple[FolderKey, NotReadyError]],
+    ) -> list[tuple[Task, R]]:
+        """Keep what went well, and deal with what did not."""
+        good = []
+        for task, outcome in zip(tasks, outcomes, strict=True):
+            if not isinstance(outcome, Exception):
+                good.append((task, outcome))
+                continue
+            try:
+                self._failed(task.job, task.place, task.held, outcome)
+            except NotReadyError as fault:
+                faults.append((task.job.folder, fault))
+        return good
+
+    def _note_in_place(self, committed: Sequence[tuple[Task, Committed]]) -> None:
+        # A claimed file is found again by its directory; one in place is known by its row alone.
+        for task, _ in committed:
+            if task.verified.staged.claimed.in_place:
+                self.jobs.committed(task.job)
+
+    def _record(self, erased: Sequence[tuple[Task, Erased]]) -> None:
+        gone = []
+        for task, each in erased:
+            job = task.job
+            if each.refusal:
+                reason = f"sealed, but the plaintext cannot be deleted: {each.refusal}"
+                log.error("folder %s: object %s: %s", job.folder, job.object_id, reason)
+                self.jobs.rest(job, State.UNDELETABLE, reason, sealed=True)
+            elif task.place.policy.after.action == "keep":
+                reason = "sealed; the policy keeps the plaintext"
+                self.jobs.rest(job, State.KEPT, reason, sealed=True)
+            else:
+                gone.append((job, each.erased_ns))
+            log.info("sealed object %s proof=%s", job.object_id, job.proof)
+        self.jobs.done(gone)
 
     # -- what did not go through ---------------------------------------------------------------
 
@@ -175,7 +240,7 @@ class Pipeline:
         # Either an earlier process died between deleting it and saying so (its object is there,
         # and was verified before the deletion), or somebody else took it away before we had it.
         if place.vault.has(job.object_id):
-            self.jobs.done(job, job.identity.size, job.first_seen_ns)
+            self.jobs.done([(job, job.first_seen_ns)])
         else:
             self.jobs.drop(job, "vanished")
 
@@ -183,7 +248,7 @@ class Pipeline:
         fault = _as_fault(error)
         if isinstance(fault, ChangedInHandError):
             self._changed(job, place, fault)
-        elif isinstance(fault, EnvironmentFault):
+        elif isinstance(fault, NotReadyError):
             self.jobs.retry(job, str(fault), 0.0, burn=False)
             raise fault
         elif job.attempts >= self.max_attempts:
@@ -208,8 +273,20 @@ class Pipeline:
         with contextlib.suppress(OSError):
             moved = set_aside(job, held, place.root)
         where = "" if moved else "; it could not be moved and lies where it was"
-        log.error("folder %s: quarantined object %s: %s%s", job.folder, job.object_id, reason, where)
+        log.error(
+            "folder %s: quarantined object %s: %s%s", job.folder, job.object_id, reason, where
+        )
         self.jobs.rest(job, State.QUARANTINED, reason + where)
+
+
+def _vaulted(task: Task) -> tuple[Vault, Verified]:
+    return task.place.vault, task.verified
+
+
+def _erasure(task: Task, committed: Committed) -> Erasure:
+    after = task.place.policy.after
+    keep = after.action == "keep"
+    return Erasure(committed, task.place.root, keep=keep, move_to=after.directory)
 
 
 def _as_fault(error: Exception) -> SecimgError:
@@ -222,7 +299,7 @@ def _as_fault(error: Exception) -> SecimgError:
     if error.errno in _OUT_OF_SPACE:
         return DiskFullError(f"the file system is full: {sentence}")
     if error.errno in _SURROUNDINGS:
-        return EnvironmentFault(f"the system does not answer as it should: {sentence}")
+        return NotReadyError(f"the system does not answer as it should: {sentence}")
     if error.errno in _FORBIDDEN:
         return NotAllowedError(f"the system refuses: {sentence}")
     return StorageError(f"the system failed: {sentence}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from itertools import pairwise
 
-DURATION_PATTERN = r"^([0-9]{1,9}(?:\.[0-9]{1,3})?) ?(ms|s|m|h|d)$"
+DURATION_PATTERN = r"^([0-9]{1,11}(?:\.[0-9]{1,3})?) ?(ms|s|m|h|d)$"
 SIZE_PATTERN = r"^([0-9]{1,18}(?:\.[0-9]{1,3})?) ?((?:[KkMmGgTt][Ii]?)?[Bb])?$"
 SHARE_PATTERN = r"^([0-9]{1,2}(?:\.[0-9]{1,3})?) ?%$"
 
@@ -147,7 +147,7 @@ def format_size(size: int) -> str:
     """Write ``size`` bytes for people in the largest binary unit, rounded down: ``1.4 MiB``."""
     for unit, factor in _BINARY_UNITS.items():
         if size >= factor:
-            return f"{size * 10 // factor / 10:g} {unit}"
+            return f"{size * 10 // factor / 10:.1f}".removesuffix(".0") + f" {unit}"
     return f"{size} B"
 
 

@@ -201,10 +201,14 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Erased:
-    """A committed object whose plaintext is gone (or kept or moved, where the policy says so)."""
+    """A committed object whose plaintext is gone, or was kept or moved, as the policy says.
+
+    ``refusal`` is the system's reason where it does not let the plaintext be deleted.
+    """
 
     committed: Committed
     erased_ns: int  # wall clock
+    refusal: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,10 @@ import os
 import time
 from typing import TYPE_CHECKING
 
+from secimg_watch import kernel
 from secimg_watch.jobs import State
 from secimg_watch.records import FolderKey, Identity, Job, ObjectId, Proof
-from secimg_watch.roots import QUARANTINE_NAME, only_file
+from secimg_watch.roots import QUARANTINE_NAME, only_file, remove_empty
 from secimg_watch.vault import is_object_id
 
 if TYPE_CHECKING:
@@ -36,11 +37,13 @@ def recover_folder(folder: FolderKey, root: Root, jobs: Jobs) -> int:
 
 def _adopt(folder: FolderKey, root: Root, jobs: Jobs, path: str, state: State) -> bool:
     assert root.staging is not None  # noqa: S101 - there are entries, so there is a directory
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY, dir_fd=root.staging.fd)
+    directory = os.open(path, kernel.DIRECTORY, dir_fd=root.staging.fd)
     try:
         relpath = only_file(directory)
         if relpath is None:
-            _remove_empty(root.staging.fd, path)
+            # The process died between making the directories and the rename, or between the
+            # unlink and removing them.
+            remove_empty(root.staging.fd, path)
             return False
         status = os.stat(relpath, dir_fd=directory, follow_symlinks=False)
     finally:
@@ -56,13 +59,3 @@ def _adopt(folder: FolderKey, root: Root, jobs: Jobs, path: str, state: State) -
     )
     jobs.adopt(job, state, "" if state is State.QUEUED else "found in quarantine")
     return True
-
-
-def _remove_empty(staging: int, path: str) -> None:
-    # Claimed directories without a file: the process died between making them and the rename,
-    # or between the unlink and removing them.
-    for directory, _, _, _ in os.fwalk(path, topdown=False, dir_fd=staging):
-        try:
-            os.rmdir(directory, dir_fd=staging)
-        except OSError:
-            return

@@ -6,6 +6,7 @@ that whoever renames, replaces or mounts over them changes nothing for the work 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from typing import TYPE_CHECKING
@@ -79,10 +80,8 @@ class Root:
 
     def _open_staging(self) -> Directory | None:
         try:
-            try:
+            with contextlib.suppress(FileExistsError):
                 os.mkdir(self.staging_path, 0o700)
-            except FileExistsError:
-                pass
             staging = Directory(os.open(self.staging_path, kernel.DIRECTORY))
         except OSError as error:
             self.why_no_staging = f"no staging directory: {error.strerror}"
@@ -149,6 +148,25 @@ def only_file(directory: int) -> str | None:
             return relative
 
 
+def remove_empty(staging: int, path: str) -> None:
+    """Remove a claim's directories where they hold no file."""
+    chain = [path]
+    while True:
+        fd = os.open(chain[-1], kernel.DIRECTORY, dir_fd=staging)
+        try:
+            names = os.listdir(fd)
+        finally:
+            os.close(fd)
+        if len(names) != 1:
+            break
+        chain.append(f"{chain[-1]}/{names[0]}")
+    for directory in reversed(chain):
+        try:
+            os.rmdir(directory, dir_fd=staging)
+        except OSError:
+            return
+
+
 def _refuse_if_not_ours(staging: Directory, path: Path) -> None:
     status = os.fstat(staging.fd)
     if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
@@ -157,4 +175,4 @@ def _refuse_if_not_ours(staging: Directory, path: Path) -> None:
             hint="remove it, or name another one with 'staging'",
         )
     if stat.S_IMODE(status.st_mode) & 0o077:
-        os.fchmod(staging.fd, 0o700)
+        kernel.make_private(staging.fd)

@@ -84,7 +84,7 @@ def seal_object(
 
     Raises:
         UsageError: an id, a key, the preview, a field of ``meta`` or the locks are unfit.
-        EnvironmentFault: there is not enough free memory for a password's key.
+        NotReadyError: there is not enough free memory for a password's key.
         ChangedInHandError: while iterating, if ``read`` gives more or fewer bytes.
     """
     packed = container.pack_meta(meta)
@@ -136,7 +136,7 @@ def build_header(
 
     Raises:
         UsageError: there are no locks or too many, or a key or an id has a wrong length.
-        EnvironmentFault: there is not enough free memory for a password's key.
+        NotReadyError: there is not enough free memory for a password's key.
     """
     wrapped = tuple(slots.make_slot(lock, file_key, core, passwords) for lock in locks)
     unsigned = container.pack_unsigned_header(core, wrapped)
@@ -164,7 +164,7 @@ def open_header(header: Header, locks: Sequence[Lock], passwords: PasswordCache)
     Raises:
         KeyMismatchError: no lock is one that the header has a slot for.
         TamperedError: the key or password is wrong, or the header is damaged.
-        EnvironmentFault: there is not enough free memory for a password's key.
+        NotReadyError: there is not enough free memory for a password's key.
     """
     file_key = _file_key(header, locks, passwords)
     unsigned = container.pack_unsigned_header(header.core, header.slots)
@@ -211,7 +211,7 @@ def open_object(
     Raises:
         TamperedError: it is another object, or none, or the key is wrong, or it is damaged.
         KeyMismatchError: no lock is one that the object has a slot for.
-        EnvironmentFault: there is not enough free memory for a password's key.
+        NotReadyError: there is not enough free memory for a password's key.
     """
     header = read_header(stream)
     core = header.core

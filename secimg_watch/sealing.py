@@ -7,7 +7,7 @@ import stat
 import time
 from typing import TYPE_CHECKING
 
-from secimg_watch import __version__
+from secimg_watch import __version__, kernel
 from secimg_watch.container import Meta
 from secimg_watch.records import Claimed, Sealed
 from secimg_watch.seal import seal_object
@@ -34,7 +34,7 @@ def seal(
         locks=[key],
         meta=describe(claimed),
         preview=inspection.preview,
-        read=_reader(claimed.inspected.held.fd, beat),
+        read=reader(claimed.inspected.held.fd, beat),
     )
     return Sealed(claimed, sealed.object_id, sealed.size, sealed.chunks)
 
@@ -61,14 +61,14 @@ def describe(claimed: Claimed) -> Meta:
     )
 
 
-def _reader(fd: int, beat: Callable[[], None]) -> Callable[[memoryview], int]:
-    # Read by position: the inspector's child shares the descriptor's own file offset.
+def reader(fd: int, beat: Callable[[], None] = lambda: None) -> Callable[[memoryview], int]:
+    """A function that fills one buffer after another from a file, and says how far it got."""
     offset = 0
 
     def read(buffer: memoryview) -> int:
         nonlocal offset
         beat()
-        count = os.preadv(fd, [buffer], offset)
+        count = kernel.read_at(fd, buffer, offset)
         offset += count
         return count
 

@@ -37,11 +37,12 @@ class Selection:
     exclude: tuple[str, ...] = ()
     recursive: bool = True
     sidecar: str = ""  # the marker's suffix, "" where the folder uses none
+    staging: str = STAGING_NAME  # the staging directory, where it lies inside the folder
 
     def passes_over(self, relpath: str) -> Passed | None:
         """Why a relative path is passed over by its name alone, or ``None``."""
         *folders, name = relpath.split("/")
-        if relpath.split("/", 1)[0] == STAGING_NAME:
+        if relpath.startswith((f"{self.staging}/", f"{STAGING_NAME}/")):
             return Passed.STAGING
         if folders and not self.recursive:
             return Passed.DEEPER
@@ -58,7 +59,8 @@ class Selection:
     def enters(self, relpath: str) -> bool:
         """Whether a directory is looked into. Temporary ones are: their files are counted."""
         name = relpath.rsplit("/", 1)[-1]
-        return self.recursive and relpath != STAGING_NAME and not is_system(name)
+        ours = relpath in {self.staging, STAGING_NAME}
+        return self.recursive and not ours and not is_system(name)
 
 
 def _matches(patterns: tuple[str, ...], relpath: str, name: str) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+import queue
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from secimg_watch import kernel
@@ -15,14 +17,15 @@ from secimg_watch.errors import (
     AlreadyRunningError,
     CannotCreateError,
     DiskFullError,
-    EnvironmentFault,
+    NotReadyError,
+    StorageError,
 )
 from secimg_watch.gate import admit_key
 from secimg_watch.inspector import Inspector, Limits
 from secimg_watch.jobs import Jobs
 from secimg_watch.keys import provider_for
 from secimg_watch.monitor import Monitor
-from secimg_watch.pipeline import Pipeline, Place
+from secimg_watch.pipeline import Pipeline, Place, Task
 from secimg_watch.records import FolderKey
 from secimg_watch.recovery import recover_folder
 from secimg_watch.report import FolderReport, Report
@@ -30,7 +33,7 @@ from secimg_watch.vault import Vault
 from secimg_watch.watcher import native_watcher
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
     from secimg_watch.keys import KeyProvider
     from secimg_watch.policy import Policy
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _KEY_RETRY: Final = 5.0  # seconds between two looks for a key that is locked away
+_FINISHERS: Final = 2  # while one waits for the disk, the other gathers
+_BATCH: Final = 64  # verified objects that are committed together at most
 _IDLE: Final = 1.0  # seconds that a worker waits for a job before it shows a sign of life
 _STOP: Final = 20.0  # seconds that a job in hand may still take; below TimeoutStopSec
 _TRIM: Final = 600.0  # seconds between two clean-ups of the queue
@@ -55,10 +60,20 @@ class _Pause:
     reason: str
 
 
-@dataclass(slots=True)
 class _Worker:
-    thread: threading.Thread
-    beat: float = field(default_factory=time.monotonic)
+    def __init__(self, name: str, loop: Callable[[_Worker], None]) -> None:
+        self.thread = threading.Thread(target=loop, args=(self,), name=name, daemon=True)
+        self.beat = time.monotonic()
+
+
+def _take_all(tasks: queue.Queue[Task | None]) -> list[Task | None]:
+    """Wait a moment for one, then take what else is there; ``None`` says that no more will come."""
+    taken: list[Task | None] = []
+    with contextlib.suppress(queue.Empty):
+        taken.append(tasks.get(timeout=_IDLE))
+        while len(taken) < _BATCH and taken[-1] is not None:
+            taken.append(tasks.get_nowait())
+    return taken
 
 
 def key_provider(policy: Policy) -> KeyProvider:
@@ -88,6 +103,9 @@ class Service:
         self._paused: dict[FolderKey, _Pause] = {}
         self._monitors: dict[FolderKey, Monitor] = {}
         self._workers: list[_Worker] = []
+        self._finishers: list[_Worker] = []
+        # Bounded, as each verified object keeps its plaintext open until it is erased.
+        self._verified: queue.Queue[Task | None] = queue.Queue(_BATCH)
         self._watcher: Watcher | None = None
         self._trimmed = time.monotonic()
         self._next_key_try = 0.0
@@ -126,7 +144,7 @@ class Service:
                 hint="see it with: secimg-watch status",
             )
         os.ftruncate(self._state_lock, 0)
-        os.pwrite(self._state_lock, f"{os.getpid()}\n".encode(), 0)
+        os.write(self._state_lock, f"{os.getpid()}\n".encode())
         self.jobs = Jobs(state / "queue.sqlite")
         self.jobs.reclaim()
 
@@ -143,7 +161,7 @@ class Service:
                 if not vault.is_locked:
                     vault.lock()
                     vault.discard_temporaries()
-        except EnvironmentFault as error:
+        except NotReadyError as error:
             if self._key_state != str(error):
                 log.warning("key: %s", error)
             self._key_state = str(error)
@@ -155,7 +173,8 @@ class Service:
 
     def start(self) -> None:
         """Start the inspector, a monitor for each folder, and the workers."""
-        self.inspector.start()
+        # Loading every decoder takes a while; until then inspections wait, and nothing else does.
+        threading.Thread(target=self._start_inspector, name="inspector", daemon=True).start()
         self._watcher = native_watcher() if self._wants_native else None
         for folder in self.policy.folders:
             key = FolderKey(str(folder.path))
@@ -163,19 +182,23 @@ class Service:
                 folder,
                 self.jobs,
                 self._watcher,
-                attach=lambda root, key=key: self._attach(key, root),
+                attach=functools.partial(self._attach, key),
                 log_names=self.policy.log_names,
             )
         for monitor in self._monitors.values():
             monitor.start()
-        for number in range(self.policy.worker_count):
-            worker = _Worker(threading.Thread(target=lambda: None))
-            worker.thread = threading.Thread(
-                target=self._work, args=(worker,), name=f"worker {number}", daemon=True
-            )
-            self._workers.append(worker)
-        for worker in self._workers:
+        self._finishers = [_Worker(f"finisher {n}", self._finish) for n in range(_FINISHERS)]
+        self._workers = [
+            _Worker(f"worker {n}", self._work) for n in range(self.policy.worker_count)
+        ]
+        for worker in self._threads():
             worker.thread.start()
+
+    def _start_inspector(self) -> None:
+        try:
+            self.inspector.start()
+        except StorageError as error:
+            log.error("%s; pictures are sealed without being inspected", error)
 
     def _attach(self, key: FolderKey, root: Root) -> None:
         found = recover_folder(key, root, self.jobs)
@@ -189,9 +212,15 @@ class Service:
         for monitor in self._monitors.values():
             monitor.stop()
         if self._workers:
-            self.jobs.wake()
+            self.jobs.release()
         for worker in self._workers:
             worker.thread.join()
+        # Only now can nothing be added any more.
+        for _ in self._finishers:
+            self._verified.put(None)
+        for finisher in self._finishers:
+            finisher.thread.join()
+        self._finishers, self._workers = [], []
         for monitor in self._monitors.values():
             monitor.join(timeout=_IDLE)
         self.inspector.close()
@@ -237,29 +266,47 @@ class Service:
             self.jobs.retry(job, "the folder is gone", 0.0, burn=False)
             return
         name = monitor.policy.vault
-        pipeline = Pipeline(
-            jobs=self.jobs,
-            inspector=self.inspector,
-            key=self._key,
-            from_device=self.policy.verify == "device",
-            max_attempts=self.policy.limits.attempts,
-            beat=lambda: self._beat(worker),
-        )
         place = Place(monitor.policy, root, self.vaults[name], self._vault_ids[name])
         try:
-            pipeline.process(job, place)
-        except EnvironmentFault as fault:
+            task = self._pipeline(self._key, worker).process(job, place)
+        except NotReadyError as fault:
             self._pause(job.folder, fault)
         else:
-            self._paused.pop(job.folder, None)
+            if task is not None:
+                self._verified.put(task)
+
+    def _pipeline(self, key: KeyEncryptionKey, worker: _Worker) -> Pipeline:
+        return Pipeline(
+            jobs=self.jobs,
+            inspector=self.inspector,
+            key=key,
+            from_device=self.policy.verify == "device",
+            max_attempts=self.policy.limits.attempts,
+            beat=functools.partial(self._beat, worker),
+        )
+
+    def _finish(self, worker: _Worker) -> None:
+        """The finisher's loop: whatever is verified by now goes through together."""
+        ended = False
+        while not ended:
+            worker.beat = time.monotonic()
+            taken = _take_all(self._verified)
+            ended = None in taken
+            tasks = [task for task in taken if task is not None]
+            if tasks and self._key is not None:
+                failed = self._pipeline(self._key, worker).finish(tasks)
+                for folder, fault in failed:
+                    self._pause(folder, fault)
+                for folder in {task.job.folder for task in tasks} - {f for f, _ in failed}:
+                    self._paused.pop(folder, None)
 
     def _beat(self, worker: _Worker) -> None:
         """A sign of life in the middle of a job, and where a stopping service lets go of it."""
         worker.beat = time.monotonic()
         if self._abandon_at is not None and worker.beat > self._abandon_at:
-            raise EnvironmentFault("the service is stopping")
+            raise NotReadyError("the service is stopping")
 
-    def _pause(self, folder: FolderKey, fault: EnvironmentFault) -> None:
+    def _pause(self, folder: FolderKey, fault: NotReadyError) -> None:
         vault = self._monitors[folder].policy.vault
         concerned = [
             key
@@ -296,12 +343,15 @@ class Service:
     def oldest_beat(self) -> float:
         """Seconds since the thread that has been silent longest showed a sign of life."""
         beats = [m.last_beat() for m in self._monitors.values()]
-        beats += [w.beat for w in self._workers]
+        beats += [w.beat for w in self._threads()]
         return time.monotonic() - min(beats, default=time.monotonic())
+
+    def _threads(self) -> list[_Worker]:
+        return [*self._workers, *self._finishers]
 
     def dead_threads(self) -> list[str]:
         """The names of threads that should run and do not."""
-        threads = [*self._monitors.values(), *(w.thread for w in self._workers)]
+        threads = [*self._monitors.values(), *(w.thread for w in self._threads())]
         return [thread.name for thread in threads if not thread.is_alive()]
 
     def is_idle(self) -> bool:

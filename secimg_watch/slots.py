@@ -130,7 +130,7 @@ class PasswordCache:
         """Return the key-encryption key for a password and a slot's salt and cost.
 
         Raises:
-            EnvironmentFault: there is not enough free memory for Argon2id.
+            NotReadyError: there is not enough free memory for Argon2id.
         """
         if isinstance(slot, Argon2idSlot):
             cost: tuple[int, ...] = (slot.memory_kib, slot.iterations, slot.lanes)
@@ -159,7 +159,7 @@ def make_slot(lock: Lock, file_key: bytes, core: Core, passwords: PasswordCache)
 
     Raises:
         UsageError: a key-encryption key, or its id, has the wrong length.
-        EnvironmentFault: there is not enough free memory for Argon2id.
+        NotReadyError: there is not enough free memory for Argon2id.
     """
     draft = _draft(lock, Wrap(_fresh_salt(), bytes(32), bytes(crypto.WRAPPED_KEY_SIZE)))
     wrapping_key, commitment = _expand(draft, lock, core, passwords)
@@ -181,7 +181,7 @@ def open_slot(slot: Slot, lock: Lock, core: Core, passwords: PasswordCache) -> b
 
     Raises:
         TamperedError: the key or password is wrong, or slot or core are damaged.
-        EnvironmentFault: there is not enough free memory for Argon2id.
+        NotReadyError: there is not enough free memory for Argon2id.
     """
     wrapping_key, commitment = _expand(slot, lock, core, passwords)
     # Before the unwrapping: GCM alone can be made to open one ciphertext under two keys.

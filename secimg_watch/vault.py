@@ -19,8 +19,7 @@ import json
 import os
 import threading
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from secimg_watch import kernel
 from secimg_watch.errors import (
@@ -35,9 +34,13 @@ from secimg_watch.errors import (
 from secimg_watch.records import Claimed, Committed, ObjectId, Sealed, Staged, Verified
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from secimg_watch.quantities import Reserve
+
+A = TypeVar("A")
+R = TypeVar("R")
 
 FORMAT: Final = 1
 SUFFIX: Final = ".simg"
@@ -82,12 +85,23 @@ class Vault:
         if self.exists():
             raise ConfigError(f"there is a vault in {self.path} already")
         try:
-            for directory in (self.path, self.path / "objects", self.path / "tmp"):
-                directory.mkdir(mode=0o700, parents=directory == self.path, exist_ok=True)
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (self.path / "tmp").mkdir(mode=0o700, exist_ok=True)
+            self._make_shards()
             self.write_info(info)
         except OSError as error:
             message = f"the vault {self.path} cannot be made: {error.strerror}"
-            raise CannotCreateError(message, hint="choose a directory that you may write") from error
+            raise CannotCreateError(
+                message, hint="choose a directory that you may write"
+            ) from error
+
+    def _make_shards(self) -> None:
+        # All at once, so that no commit ever has to make one durable.
+        objects = self.path / "objects"
+        objects.mkdir(mode=0o700, exist_ok=True)
+        for number in range(256):
+            (objects / f"{number:02x}").mkdir(mode=0o700, exist_ok=True)
+        kernel.sync_path(objects)
 
     def exists(self) -> bool:
         """Whether a vault was laid out here."""
@@ -212,8 +226,8 @@ class Vault:
         path = self.object_path(object_id)
         return Staged(claimed, object_id, path) if path.exists() else None
 
-    def commit(self, verified: Verified) -> Committed:
-        """Give a verified object its final name, and make the name durable. Idempotent.
+    def rename(self, verified: Verified) -> Path:
+        """Give a verified object its final name, which it may have already.
 
         Raises:
             OSError: the system failed; the object is still under one of its two names.
@@ -221,17 +235,8 @@ class Vault:
         staged = verified.staged
         final = self.object_path(staged.object_id)
         if staged.path != final:
-            self._make_shard(final.parent)
             self._rename(staged.path, final)
-        kernel.sync_path(final.parent)
-        return Committed(verified, final)
-
-    def _make_shard(self, shard: Path) -> None:
-        try:
-            shard.mkdir(mode=0o700)
-        except FileExistsError:
-            return
-        kernel.sync_path(shard.parent)
+        return final
 
     def _rename(self, source: Path, target: Path) -> None:
         source_dir = os.open(source.parent, kernel.DIRECTORY)
@@ -285,6 +290,33 @@ class Vault:
             for path in self.path.glob(f"objects/??/*{SUFFIX}")
             if is_object_id(path.stem)
         )
+
+
+def commit(batch: Sequence[tuple[Vault, Verified]]) -> list[Committed | Exception]:
+    """Rename verified objects to their final names, then make all the names durable. Idempotent.
+
+    Every rename comes before the first sync: on a journalling file system that sync writes all
+    of them, and the others find nothing left to do. The outcomes are in the batch's order; an
+    object counts as committed only when its own directory was synced.
+    """
+    renamed = [_outcome(vault.rename, verified) for vault, verified in batch]
+    shards = {path.parent for path in renamed if not isinstance(path, Exception)}
+    synced = {shard: _outcome(kernel.sync_path, shard) for shard in shards}
+    outcomes: list[Committed | Exception] = []
+    for (_, verified), path in zip(batch, renamed, strict=True):
+        if isinstance(path, Exception):
+            outcomes.append(path)
+            continue
+        fault = synced[path.parent]
+        outcomes.append(fault if isinstance(fault, Exception) else Committed(verified, path))
+    return outcomes
+
+
+def _outcome(act: Callable[[A], R], argument: A) -> R | OSError:
+    try:
+        return act(argument)
+    except OSError as error:
+        return error
 
 
 def _write_all(fd: int, chunk: memoryview) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from secimg_watch import kernel
@@ -55,11 +54,15 @@ def verify(
 
 
 def _compare(body: Iterable[memoryview], fd: int, beat: Callable[[], None]) -> None:
+    plain = bytearray()
     offset = 0
     for piece in body:
         beat()
-        if os.pread(fd, len(piece), offset) != piece:
-            raise TamperedError("what was written differs from what was read")
+        if len(plain) != len(piece):
+            plain = bytearray(len(piece))
+        # A bytearray compares as memory; two memoryviews would be compared item by item.
+        if kernel.read_at(fd, memoryview(plain), offset) != len(piece) or plain != piece:
+            raise TamperedError("what was written differs from what is in hand")
         offset += len(piece)
-    if os.pread(fd, 1, offset):
+    if kernel.read_at(fd, memoryview(bytearray(1)), offset):
         raise ChangedInHandError("the file grew while it was in hand")

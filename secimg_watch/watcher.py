@@ -78,16 +78,8 @@ class Watcher(Protocol):
 
 
 def native_watcher() -> Watcher | None:
-    """The kernel's watcher, or ``None`` where there is none and folders are polled.
-
-    ``None`` also where the kernel has no inotify instance left (EMFILE).
-    """
-    if sys.platform != "linux":
-        return None
-    try:
-        return InotifyWatcher()
-    except OSError:
-        return None
+    """The kernel's watcher, or ``None`` where there is none and folders are polled."""
+    return _native()
 
 
 class _Handler(FileSystemEventHandler):
@@ -151,7 +143,7 @@ if sys.platform == "linux":
             super().handle_event(event)
 
     class _Watch:
-        """One folder: an inotify instance of its own, so that one folder's storm drowns no other."""
+        """One folder, with an inotify queue of its own: its storm drowns no other folder."""
 
         def __init__(self, root: str, listener: Listener, *, recursive: bool) -> None:
             self.reader = _Reader(listener)
@@ -182,23 +174,27 @@ if sys.platform == "linux":
         """All natively watched folders."""
 
         def __init__(self) -> None:
+            """Start with none."""
             self._watches: dict[FolderKey, _Watch] = {}
             self._lock = threading.Lock()
 
         def watch(
             self, folder: FolderKey, root: str, listener: Listener, *, recursive: bool
         ) -> None:
+            """See `Watcher.watch`."""
             watch = _Watch(root, listener, recursive=recursive)
             with self._lock:
                 self._watches[folder] = watch
 
         def unwatch(self, folder: FolderKey) -> None:
+            """See `Watcher.unwatch`."""
             with self._lock:
                 watch = self._watches.pop(folder, None)
             if watch is not None:
                 watch.close()
 
         def unwatched(self, folder: FolderKey) -> tuple[int, str]:
+            """See `Watcher.unwatched`."""
             with self._lock:
                 watch = self._watches.get(folder)
             refused = dict(watch.reader.refused) if watch else {}
@@ -207,10 +203,20 @@ if sys.platform == "linux":
             return len(refused), os.strerror(next(iter(refused.values())))
 
         def is_alive(self, folder: FolderKey) -> bool:
+            """See `Watcher.is_alive`."""
             with self._lock:
                 watch = self._watches.get(folder)
             return watch is not None and watch.is_alive()
 
         def close(self) -> None:
+            """See `Watcher.close`."""
             for folder in list(self._watches):
                 self.unwatch(folder)
+
+    def _native() -> Watcher | None:
+        return InotifyWatcher()
+
+else:
+
+    def _native() -> Watcher | None:
+        return None

@@ -275,11 +275,11 @@ def test_too_little_memory_for_a_password_is_said_and_not_a_traceback() -> None:
     code = """
 import resource
 from secimg_watch import crypto
-from secimg_watch.errors import EnvironmentFault
+from secimg_watch.errors import NotReadyError
 resource.setrlimit(resource.RLIMIT_AS, (600 << 20, 600 << 20))
 try:
     crypto.argon2id(b"x", bytes(32), memory_kib=1 << 20, iterations=1, lanes=1)
-except EnvironmentFault as fault:
+except NotReadyError as fault:
     print(fault)
 """
     done = subprocess.run(

@@ -9,7 +9,7 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeVar
 
 import click
 
@@ -125,15 +125,16 @@ def guarded(command: Callable[P, int | None]) -> Callable[P, NoReturn]:
     return run
 
 
+_SYSLOG = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
+
+
 class _Lines(logging.Formatter):
     """One line an event: with a level prefix for the journal, with the time elsewhere."""
-
-    _LEVELS = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
 
     def format(self, record: logging.LogRecord) -> str:
         text = display(record.getMessage())
         if "JOURNAL_STREAM" in os.environ:
-            return f"<{self._LEVELS.get(record.levelno, 2)}>{text}"
+            return f"<{_SYSLOG.get(record.levelno, 2)}>{text}"
         return f"{self.formatTime(record, '%H:%M:%S')} {record.levelname.lower()}: {text}"
 
 
@@ -145,8 +146,3 @@ def start_log(verbose: int, *, level: int = logging.INFO) -> None:
     package.handlers[:] = [handler]
     package.setLevel(logging.DEBUG if verbose else level)
     package.propagate = False
-
-
-def flat(**fields: Any) -> dict[str, Any]:
-    """Fields of a result, as JSON and people shall see them."""
-    return fields

@@ -20,6 +20,7 @@ from secimg_watch.inspector import Inspector, Limits
 from secimg_watch.records import Inspection, ObjectId
 from secimg_watch.restore import Destination
 from secimg_watch.seal import open_object, seal_object
+from secimg_watch.sealing import reader
 from secimg_watch.slots import Password, encode_password
 from secimg_watch.vault import SUFFIX
 
@@ -68,14 +69,13 @@ def encrypt(
             locks=[lock],
             meta=_meta(file, status, inspection),
             preview=b"",
-            read=lambda buffer: os.readv(fd, [buffer]),
+            read=reader(fd),
         )
-        os.lseek(fd, 0, os.SEEK_SET)
-        with Destination(target.parent) as destination:
-            with destination.place(b"", os.fsencode(target.name)) as written:
-                for chunk in sealed.chunks():
-                    written.write(chunk)
-                written.commit(mode=0o600, mtime_ns=time.time_ns())
+        name = os.fsencode(target.name)
+        with Destination(target.parent) as place, place.place(b"", name) as written:
+            for chunk in sealed.chunks():
+                written.write(chunk)
+            written.commit(mode=0o600, mtime_ns=time.time_ns())
     terminal.say(f"{target}")
 
 
@@ -119,7 +119,9 @@ def _meta(path: Path, status: os.stat_result, inspection: Inspection) -> Meta:
 
 def _password(file: Path | None, *, confirm: bool) -> bytes:
     if file is None:
-        return encode_password(click.prompt("Password", hide_input=True, confirmation_prompt=confirm))
+        return encode_password(
+            click.prompt("Password", hide_input=True, confirmation_prompt=confirm)
+        )
     with _picture(file) as fd:
         line = os.read(fd, _PASSWORD_MAX + 1).partition(b"\n")[0].removesuffix(b"\r")
     if len(line) > _PASSWORD_MAX:
@@ -140,9 +142,8 @@ def decrypt(_app: App, file: Path, output: Path | None, password_file: Path | No
         opened = open_object(stream, [Password(secret)])
         directory = output.parent if output else file.parent
         name = os.fsencode(output.name) if output else opened.meta.name
-        with Destination(directory) as destination:
-            with destination.place(b"", name) as written:
-                for piece in opened.body():
-                    written.write(piece)
-                written.commit(mode=opened.meta.mode, mtime_ns=opened.meta.mtime_ns)
+        with Destination(directory) as place, place.place(b"", name) as written:
+            for piece in opened.body():
+                written.write(piece)
+            written.commit(mode=opened.meta.mode, mtime_ns=opened.meta.mtime_ns)
     terminal.say(f"{directory / os.fsdecode(name)}")

@@ -19,8 +19,8 @@ from secimg_watch.claim import take_back
 from secimg_watch.cli import terminal
 from secimg_watch.cli.app import App, guarded, pass_app, start_log, with_json
 from secimg_watch.errors import (
-    EnvironmentFault,
     NoInputError,
+    NotReadyError,
     PolicyError,
     SecimgError,
     UsageError,
@@ -120,7 +120,7 @@ class Daemon:
     def _feed_watchdog(self) -> None:
         dead = self._service.dead_threads()
         if dead:
-            raise EnvironmentFault(f"a thread of the service died: {', '.join(dead)}")
+            raise NotReadyError(f"a thread of the service died: {', '.join(dead)}")
         limit = self._notifier.watchdog_seconds
         if limit is None or self._service.oldest_beat() < limit:
             self._notifier.watchdog()
@@ -184,7 +184,7 @@ def drain(app: App) -> int:
     service.open()
     try:
         if not service.try_key():
-            raise EnvironmentFault(f"the key is not at hand: {service.report(running=True).key}")
+            raise NotReadyError(f"the key is not at hand: {service.report(running=True).key}")
         before = service.jobs.sealed_total()
         service.start()
         with terminal.progress("sealing") as show:
@@ -205,15 +205,13 @@ def _tell_drained(app: App, sealed: int, final: report.Report) -> int:
     unready = sum(f.unready + f.queued for f in final.folders)
     gone = [f for f in final.folders if f.health in {"gone", "paused"}]
     if app.json:
-        terminal.emit(
-            {"sealed": sealed, "failed": failed, "not_ready": unready, **asdict(final)}
-        )
+        terminal.emit({"sealed": sealed, "failed": failed, "not_ready": unready, **asdict(final)})
     else:
         terminal.say(f"{sealed} sealed, {failed} failed, {unready} not ready yet")
         for folder in gone:
             terminal.note(f"secimg-watch: folder {folder.path}: {folder.health}: {folder.reason}")
     if gone or unready:
-        return EnvironmentFault.exit_code
+        return NotReadyError.exit_code
     return 1 if failed else 0
 
 
@@ -303,7 +301,10 @@ def why(app: App, path: str) -> None:
     absolute = os.path.join(os.path.realpath(os.path.dirname(path) or "."), os.path.basename(path))
     with _queue(policy) as queue:
         answer = explaining.explain(
-            absolute, policy, queue, lambda folder, relpath: _find_sealed(app, policy, folder, relpath)
+            absolute,
+            policy,
+            queue,
+            lambda folder, relpath: _find_sealed(app, policy, folder, relpath),
         )
     if app.json:
         terminal.emit({"path": path, **asdict(answer)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -20,8 +21,6 @@ from secimg_watch.quantities import format_size
 from secimg_watch.restore import Destination
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from secimg_watch.container import Meta
     from secimg_watch.records import ObjectId
 
@@ -92,7 +91,15 @@ def _cells(object_id: ObjectId, meta: Meta) -> tuple[str, ...]:
     pixels = f"{meta.width}x{meta.height}" if meta.width else "-"
     kind = meta.format or meta.label
     folder, name = os.fsdecode(meta.folder), os.fsdecode(meta.name)
-    return (object_id[:12], _when(meta.ingested_ns), kind, pixels, format_size(meta.size), folder, name)
+    return (
+        object_id[:12],
+        _when(meta.ingested_ns),
+        kind,
+        pixels,
+        format_size(meta.size),
+        folder,
+        name,
+    )
 
 
 def _when(nanoseconds: int) -> str:
@@ -143,10 +150,10 @@ def vault_show(app: App, object_id: str, preview: Path | None, vault_name: str |
 def _write_preview(data: bytes, path: Path) -> None:
     if not data:
         raise NoInputError("the object has no preview")
-    with Destination(path.parent) as destination:
-        with destination.place(b"", os.fsencode(path.name)) as file:
-            file.write(data)
-            file.commit(mode=0o600, mtime_ns=0)
+    name = os.fsencode(path.name)
+    with Destination(path.parent) as place, place.place(b"", name) as file:
+        file.write(data)
+        file.commit(mode=0o600, mtime_ns=time.time_ns())
 
 
 def _find(app: App, object_id: str, vault_name: str | None) -> tuple[Catalog, ObjectId]:
@@ -278,6 +285,6 @@ def vault_verify(app: App, vault_name: str | None) -> int:
         terminal.emit({"verified": good, "bytes": size, "failed": failed})
     else:
         terminal.say(f"{good} objects verified ({format_size(size)}), {len(errors)} failed")
-    for object_id, error in errors.items():
-        terminal.note(f"secimg-watch: object {object_id}: {error}")
+    for object_id, why in errors.items():
+        terminal.note(f"secimg-watch: object {object_id}: {why}")
     return 1 if errors else 0
