@@ -10,6 +10,7 @@ SecimgError                  never raised itself
 ├── NotReadyError     75  the surroundings are not ready; the same call works later
 │   ├── DiskFullError        the vault has less free space than the policy asks for
 │   ├── FolderGoneError      a watched folder vanished, was replaced or mounted over
+│   ├── VaultGoneError       a vault is not there: not made yet, replaced, or not mounted
 │   ├── KeyUnavailableError  the key is there but locked, or its service does not answer
 │   └── AlreadyRunningError  another process holds the state directory or the vault
 ├── ChangedInHandError   75  a picture changed while it was being sealed
@@ -103,6 +104,10 @@ class DiskFullError(NotReadyError):
 
 class FolderGoneError(NotReadyError):
     """A watched folder vanished, was replaced, or was mounted over."""
+
+
+class VaultGoneError(NotReadyError):
+    """A vault is not there: not made yet, removed, replaced, or not mounted."""
 
 
 class KeyUnavailableError(NotReadyError):

@@ -163,10 +163,18 @@ class Monitor(threading.Thread):
             self._trouble = f"the folder does not answer: {error.strerror}"
             self._lose_root()
         # Built here and handed out whole: other threads never see the tracker half-way.
-        self._sight = self._look_around()
+        before, self._sight = self._sight, self._look_around()
+        self._report_health(before)
         with self._changed:
             if not (self._hints or self._doubts or self._stopping):
                 self._changed.wait(self._sleep(time.monotonic()))
+
+    def _report_health(self, before: Sight) -> None:
+        now = self._sight
+        if (now.health, now.reason) == (before.health, before.reason):
+            return
+        level = logging.INFO if now.health is Health.OK else logging.WARNING
+        log.log(level, "folder %s: %s%s", self.key, now.health, now.reason and f": {now.reason}")
 
     def _look_around(self) -> Sight:
         health, reason = self._health()
@@ -218,7 +226,8 @@ class Monitor(threading.Thread):
         self._watch(root)
         self.root = root
         self._next_scan = 0.0
-        log.info("folder %s: watched (%s)", self.key, "native" if self._watching else "poll")
+        how = "native" if self._watching else "poll"
+        log.info("folder %s: watched (%s)", self.key, how)
 
     def _watch(self, root: Root) -> None:
         self._watching = False

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _FILE: Final = "status.json"
-_FRESH: Final = 15.0  # seconds; the daemon writes at least every five
+_FRESH: Final = 15.0  # seconds; the daemon writes every one
 
 
 @dataclass(frozen=True, slots=True)

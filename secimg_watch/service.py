@@ -19,8 +19,9 @@ from secimg_watch.errors import (
     DiskFullError,
     NotReadyError,
     StorageError,
+    VaultGoneError,
 )
-from secimg_watch.gate import admit_key
+from secimg_watch.gate import check_key
 from secimg_watch.inspector import Inspector, Limits
 from secimg_watch.jobs import Jobs
 from secimg_watch.keys import provider_for
@@ -100,6 +101,7 @@ class Service:
         self._key_ready = threading.Event()
         self._key: KeyEncryptionKey | None = None
         self._key_state = "not looked for yet"
+        self._absent: dict[str, str] = {}
         self._paused: dict[FolderKey, _Pause] = {}
         self._monitors: dict[FolderKey, Monitor] = {}
         self._workers: list[_Worker] = []
@@ -148,28 +150,52 @@ class Service:
         self.jobs = Jobs(state / "queue.sqlite")
         self.jobs.reclaim()
 
-    def try_key(self) -> bool:
-        """Read the key once, and admit it to every vault; false where it is locked away.
+    def admit(self) -> None:
+        """Read the key if it is not read yet, and take hold of every vault that is not yet.
+
+        What is locked away or not mounted is tried again the next time; see `waiting_for`.
 
         Raises:
-            ConfigError: no waiting helps: it is missing, insecure, or not this vault's.
+            ConfigError: no waiting helps: the key is missing, insecure, or not a vault's.
+            NotAllowedError: a vault cannot be written.
         """
         try:
-            key = self._provider.load()
-            for name, vault in self.vaults.items():
-                self._vault_ids[name] = admit_key(vault, key).vault_id
-                if not vault.is_locked:
-                    vault.lock()
-                    vault.discard_temporaries()
+            key = self._key or self._provider.load()
         except NotReadyError as error:
-            if self._key_state != str(error):
-                log.warning("key: %s", error)
-            self._key_state = str(error)
-            return False
+            self._wait_for_key(str(error))
+            return
+        for name, vault in self.vaults.items():
+            if name not in self._vault_ids:
+                self._admit_vault(name, vault, key)
         self._key = key
         self._key_state = "ready"
         self._key_ready.set()
-        return True
+
+    def _wait_for_key(self, reason: str) -> None:
+        if self._key_state != reason:
+            log.warning("key: %s", reason)
+        self._key_state = reason
+
+    def _admit_vault(self, name: str, vault: Vault, key: KeyEncryptionKey) -> None:
+        try:
+            if not vault.exists():
+                raise VaultGoneError(f"there is no vault in {vault.path}: not made, or not mounted")
+            vault_id = check_key(vault, key).vault_id
+            vault.lock()
+        except NotReadyError as error:
+            if self._absent.get(name) != str(error):
+                log.warning("vault %s: %s", name, error)
+            self._absent[name] = str(error)
+            return
+        vault.discard_temporaries()
+        self._absent.pop(name, None)
+        self._vault_ids[name] = vault_id
+
+    def waiting_for(self) -> str:
+        """What must be there before anything can be sealed, and is not; "" where nothing is."""
+        if self._key is None:
+            return self._key_state
+        return next(iter(self._absent.values()), "")
 
     def start(self) -> None:
         """Start the inspector, a monitor for each folder, and the workers."""
@@ -256,17 +282,18 @@ class Service:
             key
             for key, monitor in self._monitors.items()
             if monitor.root is not None
+            and monitor.policy.vault in self._vault_ids
             and (key not in self._paused or self._paused[key].until <= now)
         ]
 
     def _process(self, job: Job, worker: _Worker) -> None:
         monitor = self._monitors[job.folder]
-        root = monitor.root
-        if root is None or self._key is None:
-            self.jobs.retry(job, "the folder is gone", 0.0, burn=False)
+        root, name = monitor.root, monitor.policy.vault
+        vault_id = self._vault_ids.get(name)
+        if root is None or vault_id is None or self._key is None:
+            self.jobs.retry(job, "folder or vault went away", 0.0, burn=False)
             return
-        name = monitor.policy.vault
-        place = Place(monitor.policy, root, self.vaults[name], self._vault_ids[name])
+        place = Place(monitor.policy, root, self.vaults[name], vault_id)
         try:
             task = self._pipeline(self._key, worker).process(job, place)
         except NotReadyError as fault:
@@ -308,6 +335,11 @@ class Service:
 
     def _pause(self, folder: FolderKey, fault: NotReadyError) -> None:
         vault = self._monitors[folder].policy.vault
+        if isinstance(fault, VaultGoneError):
+            # Nothing more is written there until key and vault were checked against each other.
+            self._vault_ids.pop(vault, None)
+            self.vaults[vault].unlock()
+            return
         concerned = [
             key
             for key, monitor in self._monitors.items()
@@ -328,8 +360,9 @@ class Service:
         Raises:
             ConfigError: the key turned out to be missing, insecure or wrong.
         """
-        if not self._key_ready.is_set() and time.monotonic() >= self._next_key_try:
-            self.try_key()
+        incomplete = len(self._vault_ids) < len(self.vaults)
+        if incomplete and time.monotonic() >= self._next_key_try:
+            self.admit()
             self._next_key_try = time.monotonic() + _KEY_RETRY
         if time.monotonic() - self._trimmed > _TRIM:
             self.jobs.trim()
@@ -376,8 +409,9 @@ class Service:
         sight = monitor.sight()
         pause = self._paused.get(monitor.key)
         health, reason = str(sight.health), sight.reason
-        if pause is not None and health in {"ok", "degraded"}:
-            health, reason = "paused", pause.reason
+        absent = self._absent.get(monitor.policy.vault)
+        if (pause or absent) and health in {"ok", "degraded"}:
+            health, reason = "paused", absent or (pause.reason if pause else "")
         counters = self.jobs.counters(monitor.key)
         states = self.jobs.states(monitor.key)
         dwell = self.jobs.dwell(monitor.key)

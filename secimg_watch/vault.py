@@ -30,6 +30,7 @@ from secimg_watch.errors import (
     NoInputError,
     NotAllowedError,
     StorageError,
+    VaultGoneError,
 )
 from secimg_watch.records import Claimed, Committed, ObjectId, Sealed, Staged, Verified
 
@@ -70,6 +71,7 @@ class Vault:
         self.path = path
         self._reserve = reserve
         self._lock_fd: int | None = None
+        self._node: tuple[int, int] | None = None
         self._guard = threading.Lock()
         self._in_flight = 0
 
@@ -161,6 +163,14 @@ class Vault:
             raise NotAllowedError(message) from error
         if self._lock_fd is None:
             raise AlreadyRunningError(f"another process writes to the vault {self.path}")
+        self._node = self._look()
+
+    def _look(self) -> tuple[int, int] | None:
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
 
     @property
     def is_locked(self) -> bool:
@@ -179,12 +189,17 @@ class Vault:
         """Write an object under its temporary name, and sync it.
 
         Raises:
+            VaultGoneError: the path does not lead to the vault any more that was locked.
             DiskFullError: less would stay free than the reserve; nothing was left behind.
             OSError: the system failed the write; nothing was left behind.
         """
         path = self._temporary(sealed.object_id)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
+        if self._node is not None and self._look() != self._node:
+            # What was admitted and locked is not what the path leads to now: an unmounted disk
+            # would have its objects written to the empty directory below it.
+            raise VaultGoneError(f"the vault {self.path} was removed, replaced or unmounted")
         with self._space_for(sealed.size):
             try:
                 fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400)

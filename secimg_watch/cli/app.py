@@ -142,7 +142,9 @@ def start_log(verbose: int, *, level: int = logging.INFO) -> None:
     """Send the package's log to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Lines())
-    package = logging.getLogger("secimg_watch")
-    package.handlers[:] = [handler]
-    package.setLevel(logging.DEBUG if verbose else level)
-    package.propagate = False
+    wanted = logging.DEBUG if verbose else level
+    for name, threshold in (("secimg_watch", wanted), ("watchdog", logging.WARNING)):
+        package = logging.getLogger(name)
+        package.handlers[:] = [handler]
+        package.setLevel(threshold)
+        package.propagate = False

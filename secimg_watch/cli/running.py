@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("secimg_watch.run")
 
 _TICK: Final = 1.0
-_REPORT: Final = 5.0  # seconds between two status files where nothing changed
 _STARTING: Final = 30.0  # seconds that systemd is asked for before recovery is through
 _POLL: Final = 0.02
 
@@ -76,7 +75,6 @@ class Daemon:
         self._notifier = Notifier()
         self._signals = _Signals()
         self._service = Service(policy, native=True)
-        self._written = 0.0
         self._last = ""
 
     def run(self) -> None:
@@ -103,6 +101,7 @@ class Daemon:
         self._notifier.extend(_STARTING)
         self._service.tend()
         self._service.start()
+        self._write_status(running=True)
 
     def _turn(self) -> None:
         self._signals.wake.wait(_TICK)
@@ -129,13 +128,10 @@ class Daemon:
         now = self._service.report(running=running)
         self._show(now)
         summary = now.summary()
-        changed = summary != self._last or not running
-        if changed:
+        if summary != self._last:
             self._notifier.status(summary)
             self._last = summary
-        if changed or time.monotonic() - self._written > _REPORT:
-            report.write(self._service.policy.state, now)
-            self._written = time.monotonic()
+        report.write(self._service.policy.state, now)
 
     def _reload(self) -> None:
         self._notifier.reloading()
@@ -183,8 +179,9 @@ def drain(app: App) -> int:
     service = Service(app.policy(), native=False)
     service.open()
     try:
-        if not service.try_key():
-            raise NotReadyError(f"the key is not at hand: {service.report(running=True).key}")
+        service.admit()
+        if service.waiting_for():
+            raise NotReadyError(service.waiting_for())
         before = service.jobs.sealed_total()
         service.start()
         with terminal.progress("sealing") as show:
@@ -254,7 +251,7 @@ def _show_status(app: App, now: report.Report) -> None:
         {
             "service": state,
             "key": now.key,
-            "inspector": ", ".join(now.inspector) or "not running",
+            "inspector": ", ".join(now.inspector) or "not started",
             **{f"warning {n}": text for n, text in enumerate(now.warnings, 1)},
         }
     )
