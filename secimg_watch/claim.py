@@ -59,6 +59,7 @@ def claim(inspected: Inspected, root: Root, hands: ExitStack, *, move: bool) -> 
     moved = Identity.of(os.stat(relpath, dir_fd=parent, follow_symlinks=False))
     if not moved.same_content(held.identity):
         _give_back(held, relpath, parent)
+        remove_directories(root.staging.fd, held.job.object_id, relpath)
         raise ChangedInHandError("the file was replaced under its name")
     refuse_if_changed(held, moved)
     return Claimed(inspected, parent, relpath, moved, in_place=False)

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from secimg_watch import kernel
-from secimg_watch.errors import ChangedInHandError
+from secimg_watch.errors import ChangedInHandError, NotAllowedError
 from secimg_watch.records import Held, Identity, Job
 from secimg_watch.selection import passes_over_kind
 
@@ -24,6 +24,7 @@ def hold(job: Job, root: Root, hands: ExitStack) -> Held:
     Raises:
         FileNotFoundError: the file is gone.
         ChangedInHandError: it is not the file that settled, or is open for writing.
+        NotAllowedError: it is claimed, and was given a second name.
         OSError: it cannot be opened.
     """
     claimed = root.staged(job.object_id)
@@ -41,9 +42,25 @@ def hold(job: Job, root: Root, hands: ExitStack) -> Held:
         raise ChangedInHandError("the file was changed or replaced after it had settled")
     passed = passes_over_kind(status.st_mode, status.st_nlink)
     if passed is not None:
-        raise ChangedInHandError(f"the file cannot be taken any more: {passed}")
+        # In the folder it is passed over from now on; a claimed one must not be retried for ever.
+        kind = ChangedInHandError if claimed is None else NotAllowedError
+        raise kind(f"the file cannot be taken any more: {passed}")
     leased = lease is kernel.Lease.GRANTED
     return Held(job, fd, parent, name, identity, status.st_mode, leased, claimed is not None)
+
+
+def is_unchanged(job: Job, root: Root) -> bool:
+    """Whether a job's file still lies in its folder just as it settled."""
+    try:
+        parent, name = kernel.open_parent(root.fd, job.relpath)
+    except OSError:
+        return False
+    try:
+        return Identity.of(os.stat(name, dir_fd=parent, follow_symlinks=False)) == job.identity
+    except OSError:
+        return False
+    finally:
+        os.close(parent)
 
 
 def refuse_if_changed(held: Held, identity: Identity) -> None:

@@ -21,10 +21,10 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Self
 
-from secimg_watch import images
 from secimg_watch.errors import StorageError
-from secimg_watch.inspector_child import MESSAGE, Request
 from secimg_watch.records import Inspection, Label
+from secimg_watch.signatures import HEAD, sniff
+from secimg_watch.wire import MAX_PREVIEW, MESSAGE, Request
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +37,7 @@ _START: Final = 30.0  # seconds until a new child has loaded every decoder; 0.1 
 _GRACE: Final = 2.0  # seconds beyond a worker's own, in which its end must have shown
 _LONGEST_PAUSE: Final = 30.0  # seconds between attempts to start a child that keeps dying
 _FIRST_PAUSE: Final = 0.1
-_REPLY: Final = 4 + MESSAGE + images.MAX_PREVIEW
+_REPLY: Final = 4 + MESSAGE + MAX_PREVIEW
 
 _LENGTH: Final = 4
 _LARGEST_SIDE: Final = (1 << 31) - 1
@@ -103,7 +103,7 @@ class Inspector:
         self._not_before = 0.0
 
     def start(self) -> None:
-        """Start the child, if it is not running. Call it before any key is read.
+        """Start the child, if it is not running. It is a new interpreter that inherits no memory.
 
         ``inspect`` tries again where this failed, so that the error need not be the end of
         the caller: pictures are sealed and labelled all the same.
@@ -252,8 +252,7 @@ class _Child:
             except OSError as error:
                 self._control.close()
                 raise StorageError(
-                    f"the picture inspector does not start: {error.strerror}",
-                    hint="run 'secimg-watch doctor'",
+                    f"the picture inspector does not start: {error.strerror}"
                 ) from error
         self.confinement = self._hello()
 
@@ -267,9 +266,7 @@ class _Child:
         except (OSError, ValueError) as error:
             self._process.kill()
             self.stop()
-            raise StorageError(
-                "the picture inspector ended while it started", hint="run 'secimg-watch doctor'"
-            ) from error
+            raise StorageError("the picture inspector ended while it started") from error
 
     def ask(self, fd: int, request: Request) -> bytes:
         """Have one picture inspected and give the worker's whole reply.
@@ -411,7 +408,7 @@ def _checked(head: dict[str, object], picture: bytes, preview: int) -> Inspectio
     label = Label(_text(head["label"], _DETAIL))
     if label not in _ANSWERS:
         raise ValueError(_NONSENSE)
-    if len(picture) > (images.MAX_PREVIEW if preview else 0):
+    if len(picture) > (MAX_PREVIEW if preview else 0):
         raise ValueError(_NONSENSE)
     if picture and not picture.startswith(_JPEG):
         raise ValueError(_NONSENSE)
@@ -447,7 +444,7 @@ def _signature(fd: int) -> str:
     """Name the format by the file's first bytes; ``""`` also where they cannot be read."""
     try:
         with _rewound(fd):
-            return images.sniff(os.read(fd, images.HEAD))
+            return sniff(os.read(fd, HEAD))
     except OSError:
         return ""
 

@@ -390,6 +390,9 @@ class Jobs:
 
 
 def _open(path: Path) -> sqlite3.Connection:
+    # SQLite gives its log, which holds names too, the mode of the database.
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    os.chmod(path, 0o600)
     database = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
     try:
         database.execute("PRAGMA journal_mode = WAL")
@@ -399,7 +402,6 @@ def _open(path: Path) -> sqlite3.Connection:
     except sqlite3.Error:
         database.close()
         raise
-    os.chmod(path, 0o600)
     return database
 
 

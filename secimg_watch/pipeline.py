@@ -29,7 +29,7 @@ from secimg_watch.errors import (
     SecimgError,
     StorageError,
 )
-from secimg_watch.hold import hold
+from secimg_watch.hold import hold, is_unchanged
 from secimg_watch.jobs import State, back_off
 from secimg_watch.records import Inspected, Label, Proof
 from secimg_watch.sealing import seal
@@ -260,10 +260,10 @@ class Pipeline:
             self.jobs.retry(job, str(fault), delay)
 
     def _changed(self, job: Job, place: Place, fault: ChangedInHandError) -> None:
-        # In the folder, the changed file settles anew as the arrival that it is. In the staging
-        # directory it is known by this job alone.
+        # In the folder, a changed file settles anew as the arrival that it is. In the staging
+        # directory it is known by this job alone; and one that was merely opened never changes.
         log.info("object %s: %s", job.object_id, fault)
-        if place.root.has_staged(job.object_id):
+        if place.root.has_staged(job.object_id) or is_unchanged(job, place.root):
             self.jobs.retry(job, str(fault), _CHANGED_DELAY, burn=False)
         else:
             self.jobs.drop(job, "changed")

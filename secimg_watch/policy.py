@@ -484,9 +484,7 @@ class Policy(_Model):
     version: Annotated[
         int, PlainValidator(_read_version), WithJsonSchema({"const": 1, "type": "integer"})
     ] = Field(description="Version of the policy format.")
-    state: AbsolutePath = Field(
-        description="Absolute path of the directory for queue and audit log."
-    )
+    state: AbsolutePath = Field(description="Absolute path of the directory for queue and status.")
     log_names: bool = Field(default=False, description="Whether logs may contain file names.")
     vaults: Annotated[dict[VaultName, Vault], BeforeValidator(_check_filled)] = Field(
         description="The vaults by name.",
@@ -862,10 +860,12 @@ def _folder_checks(folder: Folder) -> Iterator[str | None]:
     yield _directory_fault(folder.path, "folder", need)
     if folder.staging is not None:
         yield _creatable(folder.staging, "staging directory") or _device_fault(
-            folder, folder.staging
+            folder, folder.staging, "staging directory"
         )
     if folder.after.directory is not None:
-        yield _directory_fault(folder.after.directory, "move target")
+        yield _directory_fault(folder.after.directory, "move target") or _device_fault(
+            folder, folder.after.directory, "move target"
+        )
 
 
 def _creatable(path: Path, role: str) -> str | None:
@@ -896,12 +896,12 @@ def _directory_fault(path: Path, role: str, need: int = os.W_OK | os.X_OK) -> st
     return None
 
 
-def _device_fault(folder: Folder, staging: Path) -> str | None:
+def _device_fault(folder: Folder, place: Path, role: str) -> str | None:
     # A rename cannot leave the file system, and a copy would leave plaintext behind.
-    existing = staging if os.path.exists(staging) else staging.parent
+    existing = place if os.path.exists(place) else place.parent
     if not os.path.exists(folder.path) or existing.stat().st_dev == folder.path.stat().st_dev:
         return None
     return (
-        f"the staging directory {display(str(staging))} lies on another file system than the "
+        f"the {role} {display(str(place))} lies on another file system than the "
         f"folder {display(str(folder.path))}; choose one on the same"
     )

@@ -174,7 +174,7 @@ class _Conversation(Generic[T]):
         if isinstance(self._error, SecimgError):
             raise self._error
         raise KeyUnavailableError(
-            f"the keyring cannot be reached: {type(self._error).__name__}: {self._error}",
+            f"the keyring cannot be reached: {self._error}",
             hint="run it in the user's session (systemctl --user); "
             "a system service takes its key from a systemd credential",
         ) from self._error

@@ -136,18 +136,21 @@ class Service:
         state = self.policy.state
         try:
             state.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._state_lock = kernel.lock_exclusively(state / "lock")
+            lock = kernel.lock_exclusively(state / "lock")
         except OSError as error:
             message = f"the state directory {state} cannot be used: {error.strerror}"
             raise CannotCreateError(message) from error
-        if self._state_lock is None:
+        if lock is None:
             raise AlreadyRunningError(
                 f"another secimg-watch works with the state directory {state}",
                 hint="see it with: secimg-watch status",
             )
-        os.ftruncate(self._state_lock, 0)
-        os.write(self._state_lock, f"{os.getpid()}\n".encode())
-        self.jobs = Jobs(state / "queue.sqlite")
+        try:
+            self.jobs = Jobs(state / "queue.sqlite")
+        except BaseException:
+            os.close(lock)
+            raise
+        self._state_lock = lock
         self.jobs.reclaim()
 
     def admit(self) -> None:
@@ -253,13 +256,17 @@ class Service:
         if self._watcher is not None:
             self._watcher.close()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a queue to work with."""
+        return self._state_lock is not None
+
     def close(self) -> None:
-        """Close the queue and give back every lock."""
+        """Close the queue and give back every lock. More calls are harmless."""
         for vault in self.vaults.values():
             vault.unlock()
         if self._state_lock is not None:
-            with contextlib.suppress(AttributeError):
-                self.jobs.close()
+            self.jobs.close()
             os.close(self._state_lock)
             self._state_lock = None
 

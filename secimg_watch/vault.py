@@ -6,8 +6,8 @@
 ``lock``                            held by the one process that writes
 
 Write order, which everything else relies on: write under ``tmp/``, sync the file, (somebody else
-reads it back and compares), rename to its final name without ever overwriting, sync both
-directories. This module never sees a key.
+reads it back and compares), rename to its final name without ever overwriting, sync the
+directory of that name. This module never sees a key.
 """
 
 from __future__ import annotations

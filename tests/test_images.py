@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from secimg_watch import images
+from secimg_watch import images, signatures, wire
 from secimg_watch.errors import (
     CannotCreateError,
     NoInputError,
@@ -113,7 +113,7 @@ def box(*brands: bytes) -> bytes:
     ],
 )
 def test_signatures_name_the_format(head: bytes, name: str) -> None:
-    assert images.sniff(head) == name
+    assert signatures.sniff(head) == name
 
 
 @given(
@@ -121,7 +121,7 @@ def test_signatures_name_the_format(head: bytes, name: str) -> None:
     st.binary(max_size=200),
 )
 def test_sniffing_any_bytes_gives_a_known_name_or_none(start: bytes, rest: bytes) -> None:
-    assert images.sniff(start + rest) in images.known_formats() | {""}
+    assert signatures.sniff(start + rest) in images.known_formats() | {""}
 
 
 @pytest.mark.parametrize("name", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "TGA"])
@@ -179,7 +179,7 @@ def test_a_preview_carries_no_comment() -> None:
 def test_a_preview_stays_within_its_bytes() -> None:
     noise = Image.frombytes("RGB", (1400, 1400), os.urandom(3 * 1400 * 1400))
     found = look(encoded(noise, "BMP"), preview=1400)
-    assert 0 < len(found.preview) <= images.MAX_PREVIEW
+    assert 0 < len(found.preview) <= wire.MAX_PREVIEW
 
 
 def test_a_small_picture_is_not_enlarged() -> None:

@@ -20,11 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from secimg_watch import images, inspector
+from secimg_watch import images, inspector, wire
 from secimg_watch.errors import StorageError
 from secimg_watch.inspector import Inspector, Limits, parse_reply
-from secimg_watch.inspector_child import Request, encode_reply
 from secimg_watch.records import Inspection, Label
+from secimg_watch.wire import Request, encode_reply
 
 if sys.platform != "win32":
     import resource
@@ -404,7 +404,10 @@ def test_the_child_knows_no_key_and_no_vault() -> None:
         [sys.executable, "-I", "-c", script, home], capture_output=True, check=True, text=True
     )
     names = {name.removeprefix("secimg_watch.") for name in done.stdout.split()}
-    assert names == {"errors", "images", "inspector_child", "kernel", "records", "sandbox"}
+    assert names == {
+        *("errors", "images", "inspector_child", "kernel", "records", "sandbox"),
+        *("signatures", "wire"),
+    }
 
 
 def test_noisy_decoders_are_heard_nowhere(
@@ -472,7 +475,7 @@ def test_a_reply_with_one_value_out_of_place_is_refused(change: dict[str, object
 
 @pytest.mark.parametrize(
     ("picture", "preview"),
-    [(JPEG, 0), (b"<svg onload=alert(1)>", 9), (JPEG + bytes(images.MAX_PREVIEW), 9)],
+    [(JPEG, 0), (b"<svg onload=alert(1)>", 9), (JPEG + bytes(wire.MAX_PREVIEW), 9)],
 )
 def test_a_preview_that_was_not_asked_for_or_is_none_is_refused(
     picture: bytes, preview: int

@@ -93,6 +93,10 @@ class Daemon:
                 self._turn()
         finally:
             self._notifier.stopping()
+            self._end()
+
+    def _end(self) -> None:
+        if self._service.is_open:
             self._service.stop()
             self._write_status(running=False)
             self._service.close()
@@ -139,18 +143,19 @@ class Daemon:
             policy = load_policy(self._path)
             if policy.state != self._service.policy.state:
                 raise PolicyError("'state' cannot change while the service runs; restart it")
+            successor = Service(policy, native=True)
         except SecimgError as error:
             log.error("reload: %s; the old policy stays in force", error)
             for fault in getattr(error, "faults", ()):
                 log.error("reload: %s", fault)
         else:
-            self._replace(policy)
+            self._replace(successor)
         self._notifier.ready(self._last)
 
-    def _replace(self, policy: Policy) -> None:
+    def _replace(self, successor: Service) -> None:
         self._service.stop()
         self._service.close()
-        self._service = Service(policy, native=True)
+        self._service = successor
         self._service.open()
         self._begin()
         log.info("reload: the new policy is in force")
@@ -191,7 +196,9 @@ def drain(app: App) -> int:
                 time.sleep(_POLL)
         service.stop()
         sealed = service.jobs.sealed_total() - before
-        return _tell_drained(app, sealed, service.report(running=False))
+        final = service.report(running=False)
+        report.write(service.policy.state, final)
+        return _tell_drained(app, sealed, final)
     finally:
         service.stop()
         service.close()

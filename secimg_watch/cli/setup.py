@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,10 +102,21 @@ def _tell_next_steps(directory: Path, path: Path, provider: keys.KeyProvider) ->
     terminal.say(f"key     {provider.description}")
     if provider.warning:
         terminal.note(f"warning: {provider.warning}")
+    command = _command()
     terminal.say("next:")
     terminal.say(f"  1. copy pictures into {_quoted(directory / 'drop')}")
-    terminal.say(f"  2. secimg-watch --policy {shown} vault list")
-    terminal.say(f"  3. secimg-watch --policy {shown} vault restore --all --to restored")
+    terminal.say(f"  2. {command} --policy {shown} vault list")
+    terminal.say(f"  3. {command} --policy {shown} vault restore --all --to restored")
+
+
+def _command() -> str:
+    """How this very program can be called again from here."""
+    called = Path(sys.argv[0])
+    if called.name != "secimg-watch":
+        return f"{_quoted(Path(sys.executable))} -m secimg_watch"
+    found = shutil.which("secimg-watch")
+    in_path = found is not None and Path(found).resolve() == called.resolve()
+    return "secimg-watch" if in_path else _quoted(called)
 
 
 def _quoted(path: Path) -> str:
@@ -151,7 +164,7 @@ def init(
     _write_policy(path, data)
     terminal.say(f"policy  {path}")
     terminal.say(f"key     {key_provider(policy).description} ({created})")
-    terminal.say(f"next:   secimg-watch --policy {_quoted(path)} run")
+    terminal.say(f"next:   {_command()} --policy {_quoted(path)} run")
 
 
 def _default_policy() -> Path:
