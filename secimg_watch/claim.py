@@ -102,10 +102,9 @@ def remove_directories(staging: int, object_id: str, relpath: str) -> None:
     path = f"{object_id}/{relpath}"
     while "/" in path:
         path = path.rsplit("/", 1)[0]
-        try:
+        # A claim that failed half-way made some of them only.
+        with contextlib.suppress(OSError):
             os.rmdir(path, dir_fd=staging)
-        except OSError:
-            return
 
 
 def set_aside(job: Job, held: Held | None, root: Root) -> bool:

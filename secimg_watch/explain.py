@@ -18,6 +18,7 @@ from secimg_watch.monitor import has_sidecar, probe_lease, selection_of
 from secimg_watch.quantities import format_duration
 from secimg_watch.records import FolderKey, Identity, Proof
 from secimg_watch.scan import Found, look
+from secimg_watch.selection import Passed
 from secimg_watch.settle import EMPTY_GRACE, Evidence, ProofRule, judge
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def explain(
     relpath = os.path.relpath(path, base)
     found = _look(folder, relpath)
     row = _row(jobs, folder, relpath, found.identity if found else None)
+    if os.path.isdir(path) and not os.path.islink(path):
+        return Answer(Verdict.IGNORED, str(Passed.DIRECTORY))
     if found is None:
         return _absent(folder, relpath, row, find_sealed)
     if row is not None:

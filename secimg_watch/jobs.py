@@ -127,12 +127,14 @@ class Jobs:
         self._released = False
         try:
             self._db = _open(path)
+        except sqlite3.OperationalError as error:
+            # Locked, unreadable, a full disk: no reason to give up what is in it.
+            raise StorageError(f"the queue {path} cannot be opened: {error}") from error
+        except OSError as error:
+            raise StorageError(f"the queue {path} cannot be opened: {error.strerror}") from error
         except sqlite3.DatabaseError:
             _put_aside(path)
-            try:
-                self._db = _open(path)
-            except sqlite3.Error as error:
-                raise StorageError(f"the queue {path} cannot be opened: {error}") from error
+            self._db = _open(path)
 
     def close(self) -> None:
         """Close the database; an empty write-ahead log is left behind."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from secimg_watch import kernel
+from secimg_watch.disposition import is_indifferent
 from secimg_watch.errors import (
     AlreadyRunningError,
     CannotCreateError,
@@ -182,7 +183,10 @@ class Service:
     def _admit_vault(self, name: str, vault: Vault, key: KeyEncryptionKey) -> None:
         try:
             if not vault.exists():
-                raise VaultGoneError(f"there is no vault in {vault.path}: not made, or not mounted")
+                raise VaultGoneError(
+                    f"there is no vault in {vault.path}: its disk is not mounted,"
+                    " or 'secimg-watch key init' has not made it yet"
+                )
             vault_id = check_key(vault, key).vault_id
             vault.lock()
         except NotReadyError as error:
@@ -202,8 +206,9 @@ class Service:
 
     def start(self) -> None:
         """Start the inspector, a monitor for each folder, and the workers."""
-        # Loading every decoder takes a while; until then inspections wait, and nothing else does.
-        threading.Thread(target=self._start_inspector, name="inspector", daemon=True).start()
+        if not all(map(is_indifferent, self.policy.folders)):
+            # Loading every decoder takes a while; only inspections wait for it.
+            threading.Thread(target=self._start_inspector, name="inspector", daemon=True).start()
         self._watcher = native_watcher() if self._wants_native else None
         for folder in self.policy.folders:
             key = FolderKey(str(folder.path))

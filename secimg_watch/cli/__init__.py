@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from secimg_watch import __version__
-from secimg_watch.cli import oneoff, running, setup, vaults
-from secimg_watch.cli.app import App
+from secimg_watch.cli import oneoff, running, setup, terminal, vaults
+from secimg_watch.cli.app import PATH, App
+from secimg_watch.errors import UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -16,7 +20,7 @@ from secimg_watch.cli.app import App
 @click.option(
     "--policy",
     "policy_path",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Policy file. Default: $SECIMG_WATCH_POLICY, then the user's, then /etc/secimg-watch.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
@@ -47,18 +51,19 @@ for command in (
 ):
     cli.add_command(command)
 
-_USAGE = 64
+_ABORTED = 130  # as a shell reports a program that SIGINT ended
 
 
 def main() -> None:
-    """Run the command line. click's own exit code for wrong usage (2) becomes sysexits' 64."""
+    """Run the command line. click's own words and exit code for wrong usage become ours."""
     try:
         cli.main(standalone_mode=False)
-    except click.UsageError as error:
-        error.show()
-        raise SystemExit(_USAGE) from None
     except click.ClickException as error:
-        error.show()
-        raise SystemExit(error.exit_code) from None
+        sentence = error.format_message().removesuffix(".")
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "secimg-watch"
+        wrong = UsageError(sentence[:1].lower() + sentence[1:], hint=f"{command} --help")
+        terminal.complain(wrong)
+        raise SystemExit(wrong.exit_code) from None
     except click.Abort:
-        raise SystemExit(130) from None
+        raise SystemExit(_ABORTED) from None

@@ -15,7 +15,13 @@ import click
 
 from secimg_watch.catalog import Catalog
 from secimg_watch.cli import terminal
-from secimg_watch.errors import NoInputError, SecimgError, UsageError
+from secimg_watch.errors import (
+    NoInputError,
+    NotAllowedError,
+    SecimgError,
+    StorageError,
+    UsageError,
+)
 from secimg_watch.names import display
 from secimg_watch.policy import Policy, load_policy
 from secimg_watch.service import key_provider, open_vaults
@@ -24,6 +30,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from secimg_watch.records import KeyEncryptionKey
+
+PATH = click.Path(path_type=Path, readable=False)
+"""A path as an option or argument. Whether it can be read is found out by reading it: click's
+own check would call that wrong usage."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -121,6 +131,13 @@ def guarded(command: Callable[P, int | None]) -> Callable[P, NoReturn]:
             # Whoever read our output has seen enough; the interpreter must not try to flush.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
+        except OSError as error:
+            if verbose >= _VERBOSE:
+                traceback.print_exc()
+            refused = NotAllowedError if isinstance(error, PermissionError) else StorageError
+            fault = refused(f"the system failed: {str(error.strerror).lower()}: {error.filename}")
+            terminal.complain(fault)
+            sys.exit(fault.exit_code)
 
     return run
 

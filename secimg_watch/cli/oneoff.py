@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ import click
 
 from secimg_watch import __version__, kernel
 from secimg_watch.cli import terminal
-from secimg_watch.cli.app import App, guarded, pass_app
+from secimg_watch.cli.app import PATH, App, guarded, pass_app
 from secimg_watch.container import Meta
 from secimg_watch.errors import NoInputError, NotAllowedError, StorageError, UsageError
 from secimg_watch.inspector import Inspector, Limits
@@ -33,14 +34,14 @@ _PASSWORD_MAX = 4096
 
 _password_file = click.option(
     "--password-file",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Read the password from the first line of this file instead of asking.",
 )
-_output = click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.")
+_output = click.option("-o", "--output", type=PATH, help="File to write.")
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PATH)
 @_output
 @_password_file
 @click.option(
@@ -72,11 +73,16 @@ def encrypt(
             read=reader(fd),
         )
         name = os.fsencode(target.name)
-        with Destination(target.parent) as place, place.place(b"", name) as written:
+        with _directory(target) as place, place.place(b"", name) as written:
             for chunk in sealed.chunks():
                 written.write(chunk)
             written.commit(mode=0o600, mtime_ns=time.time_ns())
     terminal.say(f"{target}")
+
+
+def _directory(file: Path) -> Destination:
+    # The person named it: a link in it is meant. Links within it are still not followed.
+    return Destination(Path(os.path.realpath(file.parent)))
 
 
 @contextlib.contextmanager
@@ -119,18 +125,27 @@ def _meta(path: Path, status: os.stat_result, inspection: Inspection) -> Meta:
 
 def _password(file: Path | None, *, confirm: bool) -> bytes:
     if file is None:
+        if not sys.stdin.isatty():
+            hint = "give --password-file FILE"
+            raise UsageError("there is no terminal to ask for the password on", hint=hint)
         return encode_password(
             click.prompt("Password", hide_input=True, confirmation_prompt=confirm)
         )
-    with _picture(file) as fd:
-        line = os.read(fd, _PASSWORD_MAX + 1).partition(b"\n")[0].removesuffix(b"\r")
+    try:
+        # A link or a pipe is as good as a file here: secrets are often handed over by one.
+        with open(file, "rb") as stream:
+            line = stream.readline(_PASSWORD_MAX + 2).removesuffix(b"\n").removesuffix(b"\r")
+    except PermissionError:
+        raise NotAllowedError(f"{file} cannot be read: permission denied") from None
+    except OSError as error:
+        raise NoInputError(f"{file} cannot be read: {error.strerror}") from error
     if len(line) > _PASSWORD_MAX:
         raise UsageError(f"the password in {file} is longer than {_PASSWORD_MAX} bytes")
     return encode_password(line)
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PATH)
 @_output
 @_password_file
 @pass_app
@@ -140,10 +155,10 @@ def decrypt(_app: App, file: Path, output: Path | None, password_file: Path | No
     with _picture(file) as fd, open(fd, "rb", buffering=0, closefd=False) as stream:
         secret = _password(password_file, confirm=False)
         opened = open_object(stream, [Password(secret)])
-        directory = output.parent if output else file.parent
+        beside = output or file
         name = os.fsencode(output.name) if output else opened.meta.name
-        with Destination(directory) as place, place.place(b"", name) as written:
+        with _directory(beside) as place, place.place(b"", name) as written:
             for piece in opened.body():
                 written.write(piece)
             written.commit(mode=opened.meta.mode, mtime_ns=opened.meta.mtime_ns)
-    terminal.say(f"{directory / os.fsdecode(name)}")
+    terminal.say(f"{beside.with_name(os.fsdecode(name))}")

@@ -26,6 +26,7 @@ from secimg_watch.errors import (
     UsageError,
 )
 from secimg_watch.jobs import Jobs, Row, State
+from secimg_watch.names import display
 from secimg_watch.notify import Notifier
 from secimg_watch.policy import Policy, load_policy
 from secimg_watch.quantities import format_duration
@@ -125,7 +126,9 @@ class Daemon:
         if dead:
             raise NotReadyError(f"a thread of the service died: {', '.join(dead)}")
         limit = self._notifier.watchdog_seconds
-        if limit is None or self._service.oldest_beat() < limit:
+        # A worker is silent while a picture is inspected, which the policy may allow for long.
+        patience = self._service.policy.limits.decode_seconds
+        if limit is None or self._service.oldest_beat() < limit + patience:
             self._notifier.watchdog()
 
     def _write_status(self, *, running: bool) -> None:
@@ -172,6 +175,7 @@ def run(app: App) -> None:
 
 
 @click.command()
+@with_json
 @pass_app
 @guarded
 def drain(app: App) -> int:
@@ -311,7 +315,7 @@ def why(app: App, path: str) -> None:
             lambda folder, relpath: _find_sealed(app, policy, folder, relpath),
         )
     if app.json:
-        terminal.emit({"path": path, **asdict(answer)})
+        terminal.emit({"path": display(path), **asdict(answer)})
     else:
         terminal.say(f"{answer.verdict}: {answer.reason}")
 
@@ -379,7 +383,7 @@ def _fields_of(row: Row) -> dict[str, object]:
         "state": row.state,
         "attempts": row.attempts,
         "folder": row.folder,
-        "name": row.relpath,
+        "name": display(row.relpath),
         "size": row.identity.size,
         "reason": row.reason,
         "not_before": row.not_before,
@@ -399,24 +403,22 @@ def jobs_retry(app: App, object_ids: tuple[str, ...], *, everything: bool) -> in
     with _queue(policy) as queue:
         rows = queue.rows() if queue else []
         chosen = [r for r in rows if _is_chosen(r, object_ids, everything=everything)]
-        for row in chosen:
-            _retry(row, policy, queue)
-    terminal.say(f"{len(chosen)} queued again")
-    return 0 if chosen or everything else 1
+        queued = sum(_retry(row, policy, queue) for row in chosen) if queue else 0
+    terminal.say(f"{queued} queued again")
+    return 0 if queued or everything else 1
 
 
 def _is_chosen(row: Row, object_ids: tuple[str, ...], *, everything: bool) -> bool:
     if everything:
         return row.state is State.QUARANTINED
-    return any(row.object_id.startswith(prefix) for prefix in object_ids)
+    return any(prefix and row.object_id.startswith(prefix.lower()) for prefix in object_ids)
 
 
-def _retry(row: Row, policy: Policy, queue: Jobs | None) -> None:
+def _retry(row: Row, policy: Policy, queue: Jobs) -> bool:
     folders = {FolderKey(str(folder.path)): folder for folder in policy.folders}
     folder = folders.get(row.folder)
     if folder is not None:
         root = Root(folder.path, folder.staging)
         if root.staging is not None:
             take_back(row.object_id, root.staging)
-    if queue is not None:
-        queue.requeue(row.object_id)
+    return queue.requeue(row.object_id)

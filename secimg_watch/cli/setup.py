@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +14,15 @@ import click
 
 from secimg_watch import keys, policyfile
 from secimg_watch.cli import terminal
-from secimg_watch.cli.app import App, guarded, pass_app, start_log, user_policy, with_json
+from secimg_watch.cli.app import (
+    PATH,
+    App,
+    guarded,
+    pass_app,
+    start_log,
+    user_policy,
+    with_json,
+)
 from secimg_watch.cli.running import Daemon
 from secimg_watch.errors import (
     CannotCreateError,
@@ -40,7 +49,7 @@ _SCHEMA_LINE = "# yaml-language-server: $schema=policy.schema.json\n"
 
 
 @click.command()
-@click.argument("directory", metavar="DIR", default="secimg", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", default="secimg", type=PATH)
 @click.option("--setup-only", is_flag=True, help="Make everything, but do not run.")
 @pass_app
 @guarded
@@ -120,8 +129,7 @@ def _command() -> str:
 
 
 def _quoted(path: Path) -> str:
-    text = str(path)
-    return f"'{text}'" if any(letter in text for letter in " '\"()&;") else text
+    return shlex.quote(str(path))
 
 
 @click.command()
@@ -136,7 +144,7 @@ def _quoted(path: Path) -> str:
     help="Where the key is kept.",
 )
 @click.option("--key-file", help="The file, with --provider file.")
-@click.option("--output", type=click.Path(path_type=Path), help="The policy file to write.")
+@click.option("--output", type=PATH, help="The policy file to write.")
 @pass_app
 @guarded
 def init(
@@ -155,7 +163,7 @@ def init(
     data = _init_data(folders, vault, state, path)
     data["key"] = {"provider": provider}
     if provider == "file":
-        data["key"]["file"] = str(_absolute(Path(key_file or click.prompt("Key file"))))
+        data["key"]["file"] = str(_absolute(Path(key_file or _ask("Key file", "--key-file"))))
     policy = parse_policy(policyfile.dump(data), str(path))
     _make_directory(path.parent)
     for directory in (*(f.path for f in policy.folders), policy.state):
@@ -175,8 +183,8 @@ def _default_policy() -> Path:
 def _init_data(
     folders: tuple[str, ...], vault: str | None, state: str | None, path: Path
 ) -> dict[str, Any]:
-    watched = folders or (click.prompt("Folder to watch"),)
-    into = vault or click.prompt("Vault directory")
+    watched = folders or (_ask("Folder to watch", "--folder"),)
+    into = vault or _ask("Vault directory", "--vault")
     kept = state or str(path.parent / "state")
     return {
         "version": 1,
@@ -186,12 +194,25 @@ def _init_data(
     }
 
 
+def _ask(what: str, option: str) -> str:
+    try:
+        # Standard output is for the result.
+        answer: str = click.prompt(what, err=True)
+    except click.Abort:
+        if sys.stdin.isatty():
+            raise
+        raise UsageError(f"nobody answered: {what.lower()}", hint=f"give {option}") from None
+    return answer
+
+
 def _absolute(path: Path) -> Path:
     text = os.path.abspath(os.path.expanduser(path))
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UsageError(f"{path!r} is not valid Unicode, which a policy file must be") from None
+        raise UsageError(
+            f"the path {path} is not valid Unicode, which a policy file must be"
+        ) from None
     return Path(text)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from secimg_watch.names import display
 
@@ -21,15 +21,18 @@ if TYPE_CHECKING:
 
 
 def say(text: str) -> None:
-    """One line of result."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    """One line of result. What a terminal would obey, in a name for instance, is escaped."""
+    _put(sys.stdout, display(text))
 
 
 def note(text: str) -> None:
-    """One line for the person, not for a program that reads the result."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    """One line for the person, not for a program that reads the result; escaped as by `say`."""
+    _put(sys.stderr, display(text))
+
+
+def _put(stream: TextIO, text: str) -> None:
+    stream.write(f"{text}\n")
+    stream.flush()
 
 
 def complain(error: SecimgError) -> None:
@@ -43,15 +46,15 @@ def complain(error: SecimgError) -> None:
 
 def emit(data: Any) -> None:
     """A result as JSON. Names that are not valid text are shown escaped."""
-    say(json.dumps(data, indent=2, default=str, ensure_ascii=True))
+    _put(sys.stdout, json.dumps(data, indent=2, default=str, ensure_ascii=True))
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Rows under headings: aligned and coloured on a terminal, tab-separated otherwise."""
     if not sys.stdout.isatty():
-        say("\t".join(columns))
+        _put(sys.stdout, "\t".join(columns))
         for row in rows:
-            say("\t".join(display(str(cell)) for cell in row))
+            _put(sys.stdout, "\t".join(display(str(cell)) for cell in row))
         return
     from rich.console import Console  # noqa: PLC0415 - see the module
     from rich.table import Table  # noqa: PLC0415

@@ -7,20 +7,21 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from secimg_watch.catalog import Catalog, Entry, collision_name
 from secimg_watch.cli import terminal
-from secimg_watch.cli.app import App, guarded, pass_app, with_json
+from secimg_watch.cli.app import PATH, App, guarded, pass_app, with_json
 from secimg_watch.errors import CannotCreateError, NoInputError, SecimgError, UsageError
 from secimg_watch.names import display
 from secimg_watch.quantities import format_size
 from secimg_watch.restore import Destination
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from secimg_watch.container import Meta
     from secimg_watch.records import ObjectId
 
@@ -130,7 +131,11 @@ def _fields(entry: Entry) -> dict[str, object]:
 
 @vault.command("show")
 @click.argument("object_id", metavar="OBJECT")
-@click.option("--preview", type=click.Path(path_type=Path), help="Write the preview to this file.")
+@click.option(
+    "--preview",
+    type=PATH,
+    help="Write the preview to this file.",
+)
 @_VAULT
 @with_json
 @pass_app
@@ -171,7 +176,7 @@ def _find(app: App, object_id: str, vault_name: str | None) -> tuple[Catalog, Ob
 @vault.command("restore")
 @click.argument("object_ids", nargs=-1, metavar="[OBJECT]...")
 @click.option("--all", "everything", is_flag=True, help="Every picture of the vault.")
-@click.option("--to", "target", required=True, type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--to", "target", required=True, type=PATH, metavar="DIR")
 @click.option("--as", "name", help="Restore one picture under this name, directly in DIR.")
 @_VAULT
 @with_json
