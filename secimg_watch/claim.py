@@ -83,6 +83,23 @@ def _move(held: Held, staging: Directory) -> bool:
     return True
 
 
+def _move_held(held: Held, staging: Directory) -> bool:
+    """`_move`, unless the name leads to another file by now: that one is given back."""
+    if not _move(held, staging):
+        return False
+    object_id, relpath = held.job.object_id, held.job.relpath
+    parent = os.open(object_id, kernel.DIRECTORY, dir_fd=staging.fd)
+    try:
+        moved = Identity.of(os.stat(relpath, dir_fd=parent, follow_symlinks=False))
+        if moved.same_content(held.identity):
+            return True
+        _give_back(held, relpath, parent)
+    finally:
+        os.close(parent)
+    remove_directories(staging.fd, object_id, relpath)
+    return False
+
+
 def _make_directories(staging: int, object_id: str, relpath: str) -> None:
     # The staging directory is ours alone (0700), so nothing below it can be a planted link.
     path = object_id
@@ -116,7 +133,7 @@ def set_aside(job: Job, held: Held | None, root: Root) -> bool:
     if root.staging is None:
         return False
     staging = root.staging.fd
-    if not root.has_staged(job.object_id) and (held is None or not _move(held, root.staging)):
+    if not root.has_staged(job.object_id) and (held is None or not _move_held(held, root.staging)):
         return False
     with contextlib.suppress(FileExistsError):
         os.mkdir(QUARANTINE_NAME, 0o700, dir_fd=staging)

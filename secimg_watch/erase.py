@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
     from secimg_watch.roots import Root
 
-_REFUSED: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+# For good, as far as this file is concerned: rights, a read-only file system, or a ``move:``
+# target on another one.
+_REFUSED: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +48,14 @@ def erase(batch: Sequence[Erasure]) -> list[Erased | Exception]:
     for good, the outcome is an ``Erased`` that says so.
     """
     outcomes: list[Erased | Exception] = []
-    touched: dict[int, int] = {}  # inode -> descriptor of a directory to be synced
+    touched: dict[tuple[int, int], int] = {}  # device, inode -> descriptor of a directory
     for erasure in batch:
         try:
             _take_away(erasure)
             outcomes.append(Erased(erasure.committed, time.time_ns()))
             fd = _directory(erasure)
-            touched[os.fstat(fd).st_ino] = fd
+            status = os.fstat(fd)
+            touched[status.st_dev, status.st_ino] = fd
         except OSError as error:
             refused = error.errno in _REFUSED
             refusal = Erased(erasure.committed, time.time_ns(), error.strerror or "refused")
@@ -61,7 +65,8 @@ def erase(batch: Sequence[Erasure]) -> list[Erased | Exception]:
     for fd in touched.values():
         # After a power cut an unlink that was not durable leaves the plaintext in the staging
         # directory, where recovery finds it: a failure here endangers nothing.
-        kernel.sync_directory(fd)
+        with contextlib.suppress(OSError):
+            kernel.sync_directory(fd)
     return outcomes
 
 

@@ -12,6 +12,7 @@ clear; with the plaintext the name goes too (``secure_delete``).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import sqlite3
@@ -25,7 +26,7 @@ from secimg_watch.errors import StorageError
 from secimg_watch.records import FolderKey, Identity, Job, ObjectId, Proof
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from secimg_watch.records import Settled
@@ -45,7 +46,7 @@ CREATE TABLE IF NOT EXISTS job (
   reason TEXT NOT NULL DEFAULT '',
   UNIQUE (folder, name, dev, ino, size, mtime_ns)
 ) STRICT, WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS job_next ON job (state, first_seen_ns);
+CREATE INDEX IF NOT EXISTS job_next ON job (state, not_before, first_seen_ns);
 CREATE TABLE IF NOT EXISTS sealed (
   object_id TEXT PRIMARY KEY,
   folder TEXT NOT NULL,
@@ -64,8 +65,14 @@ _INTO: Final = (
     "INTO job (object_id, folder, name, dev, ino, size, mtime_ns, ctime_ns, proof,"
     " first_seen_ns, state, reason) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)"
 )
+# Rights or owner of a file that still waits may change, and its content stays the same.
+_SEEN_AGAIN: Final = (
+    "ON CONFLICT (folder, name, dev, ino, size, mtime_ns)"
+    " DO UPDATE SET ctime_ns = excluded.ctime_ns WHERE state IN ('queued', 'taken')"
+)
+_STILL_THERE: Final = -1  # as a dwell time: sealed, and the plaintext was not deleted
 _COUNT: Final = "INSERT INTO counter VALUES (?,?,?) ON CONFLICT DO UPDATE SET n = n + excluded.n"
-_HISTORY: Final = 10_000  # sealed rows kept a folder; the counters go on for ever
+_HISTORY: Final = 10_000  # sealed rows kept; the counters go on for ever
 _DWELL_SAMPLE: Final = 1_000  # the newest sealed rows that dwell times are taken from
 _FIRST_DELAY: Final = 2.0
 _LAST_DELAY: Final = 3600.0
@@ -152,21 +159,37 @@ class Jobs:
             row = _row(ObjectId(os.urandom(16).hex()), a.folder, a.relpath, a.identity, each.proof)
             rows.append((*row, a.first_seen_ns, State.QUEUED, ""))
         with self._changed:
-            before = self._db.total_changes
-            self._db.execute("BEGIN")
-            self._db.executemany(f"INSERT OR IGNORE {_INTO}", rows)
-            self._db.execute("COMMIT")
+            before = self._count_rows()
+            with self._transaction():
+                self._db.executemany(f"INSERT {_INTO} {_SEEN_AGAIN}", rows)
             self._changed.notify_all()
-            return self._db.total_changes - before
+            return self._count_rows() - before
+
+    def _count_rows(self) -> int:
+        return int(self._db.execute("SELECT count(*) FROM job").fetchone()[0])
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:  # a full disk has ended it already
+                self._db.execute("ROLLBACK")
+            raise
 
     def adopt(self, job: Job, state: State, reason: str = "") -> None:
         """Make sure that a file found in the staging directory has its job, in that state."""
         with self._changed:
-            known = self._db.execute(
-                "UPDATE job SET state = ?, folder = ? WHERE object_id = ?",
+            # A folder may come back while a worker still has one of its files in hand.
+            self._db.execute(
+                "UPDATE job SET state = ?, folder = ? WHERE object_id = ?"
+                " AND state NOT IN ('taken', 'committed')",
                 (state, job.folder, job.object_id),
-            ).rowcount
-            if not known:
+            )
+            query = "SELECT 1 FROM job WHERE object_id = ?"
+            if self._db.execute(query, (job.object_id,)).fetchone() is None:
                 # The file is here: another row for it, from a database out of date, is wrong.
                 self._db.execute(
                     f"INSERT OR REPLACE {_INTO}",
@@ -203,7 +226,7 @@ class Jobs:
         row = self._db.execute(
             "UPDATE job SET state = 'taken', attempts = attempts + 1 WHERE object_id = ("  # noqa: S608 - only question marks are put in
             "SELECT object_id FROM job WHERE state = 'queued' AND not_before <= ?"
-            f" AND folder IN ({marks}) ORDER BY first_seen_ns LIMIT 1)"
+            f" AND folder IN ({marks}) ORDER BY not_before, first_seen_ns LIMIT 1)"
             " RETURNING object_id, folder, name, dev, ino, size, mtime_ns, ctime_ns, proof,"
             " attempts, first_seen_ns",
             (time.time(), *folders),
@@ -219,30 +242,33 @@ class Jobs:
         if not gone:
             return
         with self._changed:
-            self._db.execute("BEGIN")
-            for job, gone_ns in gone:
-                self._db.execute("DELETE FROM job WHERE object_id = ?", (job.object_id,))
-                dwell = max(0, gone_ns - job.first_seen_ns) // 1_000_000
-                self._record(job, gone_ns, dwell)
-            self._db.execute("COMMIT")
+            with self._transaction():
+                for job, gone_ns in gone:
+                    self._db.execute("DELETE FROM job WHERE object_id = ?", (job.object_id,))
+                    dwell = max(0, gone_ns - job.first_seen_ns) // 1_000_000
+                    self._record(job, gone_ns, dwell)
             self._changed.notify_all()
 
     def rest(self, job: Job, state: State, reason: str, *, sealed: bool = False) -> None:
         """The job goes on only when asked to; ``sealed``: its object is in the vault."""
         with self._changed:
-            self._db.execute("BEGIN")
-            self._db.execute(
-                "UPDATE job SET state = ?, reason = ? WHERE object_id = ?",
-                (state, reason, job.object_id),
-            )
-            if sealed:
-                self._record(job, time.time_ns(), 0)
-            self._db.execute("COMMIT")
+            with self._transaction():
+                self._db.execute(
+                    "UPDATE job SET state = ?, reason = ? WHERE object_id = ?",
+                    (state, reason, job.object_id),
+                )
+                if sealed:
+                    self._record(job, time.time_ns(), _STILL_THERE)
             self._changed.notify_all()
 
     def _record(self, job: Job, when_ns: int, dwell_ms: int) -> None:
+        known = self._db.execute(
+            "UPDATE sealed SET dwell_ms = ? WHERE object_id = ?", (dwell_ms, job.object_id)
+        ).rowcount
+        if known:
+            return
         self._db.execute(
-            "INSERT OR IGNORE INTO sealed VALUES (?,?,?,?,?)",
+            "INSERT INTO sealed VALUES (?,?,?,?,?)",
             (job.object_id, job.folder, job.identity.size, when_ns, dwell_ms),
         )
         self._add(job.folder, "sealed", 1)
@@ -261,8 +287,16 @@ class Jobs:
     def drop(self, job: Job, counted_as: str) -> None:
         """Forget a job whose file is gone or became another one."""
         with self._changed:
-            self._db.execute("DELETE FROM job WHERE object_id = ?", (job.object_id,))
-            self._add(job.folder, counted_as, 1)
+            dropped = self._db.execute(
+                "DELETE FROM job WHERE object_id = ? AND ctime_ns = ?",
+                (job.object_id, job.identity.ctime_ns),
+            ).rowcount
+            if dropped:
+                self._add(job.folder, counted_as, 1)
+            else:  # it was admitted again in the meantime, as it is now
+                self._db.execute(
+                    "UPDATE job SET state = 'queued' WHERE object_id = ?", (job.object_id,)
+                )
             self._changed.notify_all()
 
     def requeue(self, object_id: ObjectId) -> bool:
@@ -354,7 +388,8 @@ class Jobs:
         """Dwell times of the newest sealed pictures of a folder."""
         with self._lock:
             rows = self._db.execute(
-                "SELECT dwell_ms FROM sealed WHERE folder = ? ORDER BY sealed_ns DESC LIMIT ?",
+                "SELECT dwell_ms FROM sealed WHERE folder = ? AND dwell_ms >= 0"
+                " ORDER BY sealed_ns DESC LIMIT ?",
                 (folder, _DWELL_SAMPLE),
             ).fetchall()
         times = sorted(row[0] for row in rows)
@@ -401,6 +436,9 @@ def _open(path: Path) -> sqlite3.Connection:
         database.execute("PRAGMA synchronous = NORMAL")
         database.execute("PRAGMA secure_delete = ON")
         database.executescript(_SCHEMA)
+        (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(verdict)
     except sqlite3.Error:
         database.close()
         raise

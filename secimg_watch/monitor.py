@@ -90,6 +90,7 @@ class Monitor(threading.Thread):
         self._changed = threading.Condition()
         self._hints: dict[str, tuple[bool, bool]] = {}
         self._doubts: list[str] = []
+        self._dropped: set[str] = set()
         self._stopping = False
         self._scanned = 0.0
         self._next_scan = 0.0
@@ -110,6 +111,13 @@ class Monitor(threading.Thread):
                 self._doubts.append("more events than can be followed one by one")
             was = self._hints.get(relpath, (False, False))
             self._hints[relpath] = (was[0] or directory, was[1] or renamed)
+            self._changed.notify()
+
+    def reconsider(self, relpath: str) -> None:
+        """A job for this path ended without its file: whatever lies there now is an arrival."""
+        with self._changed:
+            self._dropped.add(relpath)
+            self._hints.setdefault(relpath, (False, False))
             self._changed.notify()
 
     def doubt(self, why: str) -> None:
@@ -269,6 +277,9 @@ class Monitor(threading.Thread):
         with self._changed:
             hints, self._hints = self._hints, {}
             doubts, self._doubts = self._doubts, []
+            dropped, self._dropped = self._dropped, set()
+        for relpath in dropped:
+            self._tracker.forget(relpath)
         if doubts:
             log.info("folder %s: scanning it whole: %s", self.key, doubts[0])
             self._next_scan = min(self._next_scan, self._scanned + self._scan_took * _SCAN_SHARE)

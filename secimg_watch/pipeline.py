@@ -75,6 +75,7 @@ class Place:
     root: Root
     vault: Vault
     vault_id: bytes
+    reconsider: Callable[[str], None]  # told of each path whose job was dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +243,7 @@ class Pipeline:
         if place.vault.has(job.object_id):
             self.jobs.done([(job, job.first_seen_ns)])
         else:
-            self.jobs.drop(job, "vanished")
+            self._drop(job, place, "vanished")
 
     def _failed(self, job: Job, place: Place, held: Held | None, error: Exception) -> None:
         fault = _as_fault(error)
@@ -266,7 +267,11 @@ class Pipeline:
         if place.root.has_staged(job.object_id) or is_unchanged(job, place.root):
             self.jobs.retry(job, str(fault), _CHANGED_DELAY, burn=False)
         else:
-            self.jobs.drop(job, "changed")
+            self._drop(job, place, "changed")
+
+    def _drop(self, job: Job, place: Place, counted_as: str) -> None:
+        self.jobs.drop(job, counted_as)
+        place.reconsider(job.relpath)  # only now: an arrival with a row would not be queued
 
     def _quarantine(self, job: Job, held: Held | None, place: Place, reason: str) -> None:
         moved = False

@@ -37,7 +37,10 @@ def recover_folder(folder: FolderKey, root: Root, jobs: Jobs) -> int:
 
 def _adopt(folder: FolderKey, root: Root, jobs: Jobs, path: str, state: State) -> bool:
     assert root.staging is not None  # noqa: S101 - there are entries, so there is a directory
-    directory = os.open(path, kernel.DIRECTORY, dir_fd=root.staging.fd)
+    try:
+        directory = os.open(path, kernel.DIRECTORY, dir_fd=root.staging.fd)
+    except NotADirectoryError:
+        return False  # none of ours, and never followed
     try:
         relpath = only_file(directory)
         if relpath is None:

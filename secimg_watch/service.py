@@ -305,13 +305,15 @@ class Service:
         if root is None or vault_id is None or self._key is None:
             self.jobs.retry(job, "folder or vault went away", 0.0, burn=False)
             return
-        place = Place(monitor.policy, root, self.vaults[name], vault_id)
+        place = Place(monitor.policy, root, self.vaults[name], vault_id, monitor.reconsider)
         try:
             task = self._pipeline(self._key, worker).process(job, place)
         except NotReadyError as fault:
             self._pause(job.folder, fault)
         else:
-            if task is not None:
+            if task is None:
+                self._paused.pop(job.folder, None)
+            else:
                 self._verified.put(task)
 
     def _pipeline(self, key: KeyEncryptionKey, worker: _Worker) -> Pipeline:

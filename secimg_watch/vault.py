@@ -48,6 +48,8 @@ SUFFIX: Final = ".simg"
 _OUT_OF_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _OBJECT_ID_DIGITS: Final = frozenset("0123456789abcdef")
 _OBJECT_ID_LENGTH: Final = 32
+_ID_SIZE: Final = 16
+_CHECK_SIZE: Final = 32
 
 
 def is_object_id(text: str) -> bool:
@@ -138,9 +140,12 @@ class Vault:
             if fields["format"] != FORMAT:
                 raise ConfigError(f"{path} has format {fields['format']}, not {FORMAT}")
             checks = {
-                bytes.fromhex(key["id"]): base64.b64decode(key["check"]) for key in fields["keys"]
+                _exactly(_ID_SIZE, bytes.fromhex(key["id"])): _exactly(
+                    _CHECK_SIZE, base64.b64decode(key["check"], validate=True)
+                )
+                for key in fields["keys"]
             }
-            return VaultInfo(bytes.fromhex(fields["vault"]), checks)
+            return VaultInfo(_exactly(_ID_SIZE, bytes.fromhex(fields["vault"])), checks)
         except FileNotFoundError:
             hint = "run: secimg-watch key init"
             raise NoInputError(f"there is no vault in {self.path}", hint=hint) from None
@@ -332,6 +337,12 @@ def _outcome(act: Callable[[A], R], argument: A) -> R | OSError:
         return act(argument)
     except OSError as error:
         return error
+
+
+def _exactly(size: int, value: bytes) -> bytes:
+    if len(value) != size:
+        raise ValueError(f"{len(value)} bytes instead of {size}")
+    return value
 
 
 def _write_all(fd: int, chunk: memoryview) -> None:

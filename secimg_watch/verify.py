@@ -38,6 +38,7 @@ def verify(
 
     Raises:
         TamperedError: it does not open, or holds other bytes.
+        KeyMismatchError: the key id in its slot is damaged.
         ChangedInHandError: the plaintext changed in the meantime.
         OSError: it cannot be read.
     """

@@ -134,13 +134,19 @@ if sys.platform == "linux":
                 if error.errno not in {errno.ENOENT, errno.ENOTDIR}:
                     self.refused[path] = error.errno or 0
                 raise
+            if descriptor < 0:
+                # watchdog says nothing of a directory that may not be read.
+                self.remove_callbacks([(descriptor, id_)])
+                self.refused[path] = errno.EACCES
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
             self.refused.pop(path, None)
             return descriptor
 
         def handle_event(self, event: InotifyEvent) -> None:
-            if event.is_queue_overflow:
-                self._listener.doubt("the kernel's event queue overflowed")
             super().handle_event(event)
+            if event.is_queue_overflow:
+                # Only now is everything watched anew: what comes after the scan is heard again.
+                self._listener.doubt("the kernel's event queue overflowed")
 
     class _Watch:
         """One folder, with an inotify queue of its own: its storm drowns no other folder."""
@@ -198,9 +204,8 @@ if sys.platform == "linux":
             with self._lock:
                 watch = self._watches.get(folder)
             refused = dict(watch.reader.refused) if watch else {}
-            if not refused:
-                return 0, ""
-            return len(refused), os.strerror(next(iter(refused.values())))
+            there = [number for path, number in refused.items() if os.path.isdir(path)]
+            return (len(there), os.strerror(there[0])) if there else (0, "")
 
         def is_alive(self, folder: FolderKey) -> bool:
             """See `Watcher.is_alive`."""

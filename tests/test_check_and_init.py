@@ -13,6 +13,8 @@ from cli_runner import HOSTILE, Box, Cli, Outcome, check_complaint, contents, ma
 
 from secimg_watch.policy import load_policy
 
+assert sys.platform != "win32"  # what is tested here does not exist there
+
 if TYPE_CHECKING:
     from pathlib import Path
 

@@ -14,6 +14,8 @@ from cli_runner import HOSTILE, PATIENCE, Box, Cli, check_complaint, check_harml
 
 from secimg_watch import __version__
 
+assert sys.platform != "win32"  # what is tested here does not exist there
+
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the service is for POSIX systems")
 
 COMMANDS = [

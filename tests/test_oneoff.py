@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 from cli_runner import HOSTILE, PATIENCE, Cli, check_complaint, check_harmless, contents, picture
 
+assert sys.platform != "win32"  # what is tested here does not exist there
+
 if TYPE_CHECKING:
     from pathlib import Path
 

@@ -14,9 +14,10 @@ from pydantic import ValidationError
 
 from secimg_watch.errors import NoInputError, NotAllowedError, PolicyError
 from secimg_watch.images import known_formats
-from secimg_watch.policy import FORMATS, After, Policy, check_paths, load_policy, parse_policy
+from secimg_watch.policy import FORMATS, After, Policy, load_policy, parse_policy
 from secimg_watch.policyfile import MAX_DEPTH, MAX_NODES, MAX_TEXT, dump, load
 from secimg_watch.quantities import Reserve
+from secimg_watch.surroundings import check_paths
 
 HEAD = """\
 version: 1

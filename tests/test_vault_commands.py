@@ -113,7 +113,7 @@ def test_a_listing_for_people_has_one_row_a_picture(sealed: Box) -> None:
         (["--until", "2020-01-01"], set()),
         (["--since", "2020-01-01", "--until", "2999-01-01T12:00:00"], set(PICTURES)),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else f"{len(value)} found",
 )
 def test_a_listing_is_narrowed_by_its_options(
     sealed: Box, options: list[str], expected: set[str]

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+assert sys.platform != "win32"  # what is tested here does not exist there
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="leases are Linux's")
 
 _WRITER = """\

@@ -34,9 +34,10 @@ from secimg_watch.errors import (
     UsageError,
 )
 from secimg_watch.gate import admit_key
-from secimg_watch.policy import check_paths, load_policy, parse_policy
+from secimg_watch.policy import load_policy, parse_policy
 from secimg_watch.quantities import format_duration
 from secimg_watch.service import key_provider, open_vaults
+from secimg_watch.surroundings import check_paths
 
 if TYPE_CHECKING:
     from secimg_watch.policy import Policy
