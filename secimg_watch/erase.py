@@ -52,10 +52,11 @@ def erase(batch: Sequence[Erasure]) -> list[Erased | Exception]:
     for erasure in batch:
         try:
             _take_away(erasure)
-            outcomes.append(Erased(erasure.committed, time.time_ns()))
+            erased_ns = time.time_ns()
             fd = _directory(erasure)
             status = os.fstat(fd)
             touched[status.st_dev, status.st_ino] = fd
+            outcomes.append(Erased(erasure.committed, erased_ns))
         except OSError as error:
             refused = error.errno in _REFUSED
             refusal = Erased(erasure.committed, time.time_ns(), error.strerror or "refused")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from secimg_watch import kernel
 from secimg_watch.errors import ChangedInHandError, NotAllowedError
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from contextlib import ExitStack
 
     from secimg_watch.roots import Root
+
+_OTHER_KIND: Final = frozenset({errno.ELOOP, errno.ENXIO, errno.ENODEV})
 
 
 def hold(job: Job, root: Root, hands: ExitStack) -> Held:
@@ -30,7 +33,13 @@ def hold(job: Job, root: Root, hands: ExitStack) -> Held:
     claimed = root.staged(job.object_id)
     parent, name = claimed or kernel.open_parent(root.fd, job.relpath)
     hands.callback(os.close, parent)
-    fd = os.open(name, kernel.PICTURE, dir_fd=parent)
+    try:
+        fd = os.open(name, kernel.PICTURE, dir_fd=parent)
+    except OSError as error:
+        # A link or a socket in its place is an arrival of its own, and no fault of the system.
+        if error.errno in _OTHER_KIND and claimed is None:
+            raise ChangedInHandError("the file was replaced by something else") from error
+        raise
     hands.callback(os.close, fd)
     lease = kernel.take_read_lease(fd)
     if lease is kernel.Lease.WRITER:

@@ -311,15 +311,17 @@ class Jobs:
             self._changed.notify_all()
             return changed > 0
 
-    def forget_vanished(self, folder: FolderKey, seen: set[str]) -> None:
-        """Forget resting jobs whose file is no longer in the folder."""
+    def forget_vanished(
+        self, folder: FolderKey, seen: set[str], claimed: Collection[str] = ()
+    ) -> None:
+        """Forget resting jobs whose file is neither in the folder nor ``claimed`` (object ids)."""
         with self._lock:
             rows = self._db.execute(
                 "SELECT object_id, name FROM job WHERE folder = ?"
                 " AND state IN ('left', 'kept', 'undeletable')",
                 (folder,),
             ).fetchall()
-            gone = [(i,) for i, name in rows if os.fsdecode(name) not in seen]
+            gone = [(i,) for i, name in rows if os.fsdecode(name) not in seen and i not in claimed]
             self._db.executemany("DELETE FROM job WHERE object_id = ?", gone)
 
     def release(self) -> None:

@@ -91,7 +91,9 @@ def read_at(fd: int, buffer: memoryview, offset: int) -> int:
     child process may share it.
     """
     if sys.platform != "win32":
-        count = os.preadv(fd, [buffer], offset)
+        count = 0
+        while count < len(buffer) and (more := os.preadv(fd, [buffer[count:]], offset + count)):
+            count += more
     else:
         os.lseek(fd, offset, os.SEEK_SET)
         data = os.read(fd, len(buffer))

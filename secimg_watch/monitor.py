@@ -97,7 +97,9 @@ class Monitor(threading.Thread):
         self._scan_took = 0.0
         self._watching = False
         self._trouble = ""
-        self._passed: Counter[Passed] = Counter()
+        self._passed: dict[str, Passed] = {}
+        self._told: Counter[Passed] = Counter()
+        self._turning = False
         self._beat = time.monotonic()
         self._sight = Sight(Health.STARTING, "", "poll", 0, 0, 0, {}, scanned=False)
 
@@ -140,7 +142,9 @@ class Monitor(threading.Thread):
         """Whether all that is ready was queued: scanned, and nothing left that only needs time."""
         with self._changed:
             sight = self._sight
-            quiet = sight.waiting == sight.unready and not (self._hints or self._doubts)
+            quiet = sight.waiting == sight.unready and not (
+                self._hints or self._doubts or self._turning
+            )
             return sight.health is Health.GONE or (sight.scanned and quiet)
 
     def last_beat(self) -> float:
@@ -174,6 +178,7 @@ class Monitor(threading.Thread):
         before, self._sight = self._sight, self._look_around()
         self._report_health(before)
         with self._changed:
+            self._turning = False
             if not (self._hints or self._doubts or self._stopping):
                 self._changed.wait(self._sleep(time.monotonic()))
 
@@ -186,18 +191,24 @@ class Monitor(threading.Thread):
 
     def _look_around(self) -> Sight:
         health, reason = self._health()
+        passed, empty = Counter(self._passed.values()), self._tracker.empty()
         return Sight(
             health=health,
             reason=reason,
             mode="native" if self._watching else "poll",
             waiting=self._tracker.waiting(),
             unready=len(self._tracker.unready()),
-            temporary=self._passed[Passed.TEMPORARY],
-            passed={why.name.lower(): n for why, n in self._passed.items() if n},
+            temporary=passed[Passed.TEMPORARY],
+            passed={
+                **{why.name.lower(): n for why, n in passed.items() if n},
+                **({"empty": empty} if empty else {}),
+            },
             scanned=self._scanned > 0,
         )
 
     def _sleep(self, now: float) -> float:
+        if self.root is None:
+            return _TICK  # what is due cannot be done before the folder is back
         due = self._tracker.next_due()
         return max(0.0, min(_TICK, self._next_scan - now, _TICK if due is None else due - now))
 
@@ -275,6 +286,7 @@ class Monitor(threading.Thread):
 
     def _follow_hints(self, root: Root) -> None:
         with self._changed:
+            self._turning = True
             hints, self._hints = self._hints, {}
             doubts, self._doubts = self._doubts, []
             dropped, self._dropped = self._dropped, set()
@@ -285,6 +297,7 @@ class Monitor(threading.Thread):
             self._next_scan = min(self._next_scan, self._scanned + self._scan_took * _SCAN_SHARE)
         directories = {path for path, (directory, _) in hints.items() if directory}
         for relpath, (directory, renamed) in hints.items():
+            self._beat = time.monotonic()
             if directory:
                 # A moved-in tree hints at each of its directories; the topmost scan sees all.
                 if directories.isdisjoint(_ancestors(relpath)):
@@ -293,6 +306,7 @@ class Monitor(threading.Thread):
                 found = look(root.fd, relpath, self._selection)
                 if found is None:
                     self._tracker.forget(relpath)
+                    self._passed.pop(relpath, None)
                 else:
                     self._see(found, renamed=renamed)
 
@@ -304,6 +318,7 @@ class Monitor(threading.Thread):
         try:
             for found in scan(root.fd, self._selection, relpath):
                 self._see(found)
+                self._beat = time.monotonic()
         except OSError:
             return  # gone again; the next full scan knows
 
@@ -311,19 +326,17 @@ class Monitor(threading.Thread):
         started = time.monotonic()
         if started < self._next_scan:
             return
-        passed: Counter[Passed] = Counter()
+        self._passed = {}
         seen: set[str] = set()
         for found in scan(root.fd, self._selection):
             seen.add(found.relpath)
-            if found.passed is not None:
-                passed[found.passed] += 1
             self._see(found)
             self._beat = time.monotonic()
         vanished = self._tracker.retain(seen)
         if vanished:
             self._jobs.count(self.key, "vanished", vanished)
-        self._jobs.forget_vanished(self.key, seen)
-        self._report_passed(passed)
+        self._jobs.forget_vanished(self.key, seen, root.entries())
+        self._report_passed()
         self._scanned = time.monotonic()
         self._scan_took = self._scanned - started
         self._next_scan = self._scanned + self._interval()
@@ -332,14 +345,19 @@ class Monitor(threading.Thread):
         fully_heard = self._watching and not self._refused()[0]
         return self.policy.rescan if fully_heard else min(self.policy.poll, self.policy.rescan)
 
-    def _report_passed(self, passed: Counter[Passed]) -> None:
+    def _report_passed(self) -> None:
+        passed = Counter(self._passed.values())
         for why, count in passed.items():
-            if count > self._passed[why] and why is not Passed.STAGING:
-                log.info("folder %s: %d files are passed over: %s", self.key, count, why)
-        self._passed = passed
+            if count > self._told[why] and why is not Passed.STAGING:
+                log.info("folder %s: passed over (%d): %s", self.key, count, why)
+        self._told = passed
 
     def _see(self, found: Found, *, renamed: bool = False) -> None:
+        if found.passed is not None:
+            self._passed[found.relpath] = found.passed
+            self._tracker.forget(found.relpath)
         if found.passed is None:
+            self._passed.pop(found.relpath, None)
             now, wall = time.monotonic(), time.time_ns()
             self._tracker.observe(found.relpath, found.identity, now, wall, renamed=renamed)
         elif found.passed is Passed.TEMPORARY:
@@ -351,6 +369,7 @@ class Monitor(threading.Thread):
         now = time.monotonic()
         complete = []
         for candidate in self._tracker.due(now):
+            self._beat = time.monotonic()
             verdict = judge(self._rule, self.policy.settle, self._evidence(root, candidate))
             if isinstance(verdict, Proof):
                 complete.append(self._settled(candidate, verdict))

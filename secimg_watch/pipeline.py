@@ -125,6 +125,10 @@ class Pipeline:
             except (SecimgError, OSError) as error:
                 self._failed(job, place, None, error)
                 return None
+            if job.attempts > self.max_attempts:
+                reason = f"given up: {job.attempts - 1} attempts ended with the whole process"
+                self._quarantine(job, held, place, reason)
+                return None
             try:
                 verified = self._process_held(held, place, hands)
             except Exception as error:
@@ -136,13 +140,14 @@ class Pipeline:
     def _process_held(self, held: Held, place: Place, hands: ExitStack) -> Verified | None:
         inspected = self._inspect(held, place.policy)  # (2)
         match disposition(place.policy, inspected.inspection):
-            case Disposition.LEAVE:
+            # One that was claimed before does not lie in the folder any more: it is sealed.
+            case Disposition.LEAVE if not held.claimed:
                 reason = f"{_describe(inspected)}; the policy leaves it in the folder"
                 self.jobs.rest(held.job, State.LEFT, reason)
             case Disposition.QUARANTINE:
                 reason = f"{_describe(inspected)}; the policy sets it aside"
                 self._quarantine(held.job, held, place, reason)
-            case Disposition.SEAL:
+            case _:
                 move = place.policy.after.action != "keep"
                 claimed = claim(inspected, place.root, hands, move=move)  # (3)
                 if held.job.proof is Proof.SIDECAR:

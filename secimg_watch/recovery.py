@@ -39,8 +39,8 @@ def _adopt(folder: FolderKey, root: Root, jobs: Jobs, path: str, state: State) -
     assert root.staging is not None  # noqa: S101 - there are entries, so there is a directory
     try:
         directory = os.open(path, kernel.DIRECTORY, dir_fd=root.staging.fd)
-    except NotADirectoryError:
-        return False  # none of ours, and never followed
+    except (NotADirectoryError, FileNotFoundError):
+        return False  # none of ours, and never followed; or finished in this very moment
     try:
         relpath = only_file(directory)
         if relpath is None:
@@ -49,6 +49,8 @@ def _adopt(folder: FolderKey, root: Root, jobs: Jobs, path: str, state: State) -
             remove_empty(root.staging.fd, path)
             return False
         status = os.stat(relpath, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
     finally:
         os.close(directory)
     job = Job(

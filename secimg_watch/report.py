@@ -85,8 +85,18 @@ def read(state: Path) -> Report | None:
         folders = tuple(FolderReport(**folder) for folder in fields.pop("folders"))
         fields["inspector"] = tuple(fields["inspector"])
         fields["warnings"] = tuple(fields["warnings"])
-        if time.time() - fields["written"] > _FRESH:
+        if time.time() - fields["written"] > _FRESH or not _is_alive(fields["pid"]):
             fields["running"] = False
         return Report(folders=folders, **fields)
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True

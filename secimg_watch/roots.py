@@ -101,7 +101,7 @@ class Root:
             return None
         try:
             parent = os.open(object_id, kernel.DIRECTORY, dir_fd=self.staging.fd)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         relpath = only_file(parent)
         if relpath is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ class Found:
     passed: Passed | None
 
 
+_NOWHERE = Identity(0, 0, 0, 0, 0)
+
+
 def scan(root: int, selection: Selection, below: str = "") -> Iterator[Found]:
     """Every file under the directory descriptor ``root``, or under its sub-folder ``below``.
 
@@ -38,9 +42,11 @@ def scan(root: int, selection: Selection, below: str = "") -> Iterator[Found]:
         relative = pending.pop()
         try:
             directory = _open(root, relative)
-        except OSError:
+        except OSError as error:
             if relative == below:
                 raise
+            if error.errno not in {errno.ENOENT, errno.ENOTDIR}:
+                yield Found(relative, _NOWHERE, Passed.UNREADABLE)
             continue
         try:
             yield from _list(directory, relative, selection, pending)

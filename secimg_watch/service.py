@@ -24,7 +24,7 @@ from secimg_watch.errors import (
 )
 from secimg_watch.gate import check_key
 from secimg_watch.inspector import Inspector, Limits
-from secimg_watch.jobs import Jobs
+from secimg_watch.jobs import Jobs, back_off
 from secimg_watch.keys import provider_for
 from secimg_watch.monitor import Monitor
 from secimg_watch.pipeline import Pipeline, Place, Task
@@ -175,6 +175,18 @@ class Service:
         self._key_state = "ready"
         self._key_ready.set()
 
+    def refuse_wrong_key(self) -> None:
+        """Before anything is opened: would key and vaults fit? What is absent may come later.
+
+        Raises:
+            ConfigError: no waiting helps: the key is missing, insecure, or not a vault's.
+        """
+        with contextlib.suppress(NotReadyError):
+            key = self._provider.load()
+            for vault in self.vaults.values():
+                if vault.exists():
+                    check_key(vault, key)
+
     def _wait_for_key(self, reason: str) -> None:
         if self._key_state != reason:
             log.warning("key: %s", reason)
@@ -248,6 +260,10 @@ class Service:
         if self._workers:
             self.jobs.release()
         for worker in self._workers:
+            worker.thread.join(max(0.0, self._abandon_at - time.monotonic()))
+        # Whoever still waits for a decoder is told that it failed, and lets go of its job.
+        self.inspector.close()
+        for worker in self._workers:
             worker.thread.join()
         # Only now can nothing be added any more.
         for _ in self._finishers:
@@ -257,7 +273,6 @@ class Service:
         self._finishers, self._workers = [], []
         for monitor in self._monitors.values():
             monitor.join(timeout=_IDLE)
-        self.inspector.close()
         if self._watcher is not None:
             self._watcher.close()
 
@@ -295,7 +310,7 @@ class Service:
             for key, monitor in self._monitors.items()
             if monitor.root is not None
             and monitor.policy.vault in self._vault_ids
-            and (key not in self._paused or self._paused[key].until <= now)
+            and ((pause := self._paused.get(key)) is None or pause.until <= now)
         ]
 
     def _process(self, job: Job, worker: _Worker) -> None:
@@ -310,6 +325,9 @@ class Service:
             task = self._pipeline(self._key, worker).process(job, place)
         except NotReadyError as fault:
             self._pause(job.folder, fault)
+        except Exception as error:  # noqa: BLE001 - nothing that one picture does ends a worker
+            log.error("object %s: a defect: %s", job.object_id, type(error).__name__)
+            self.jobs.retry(job, "a defect", back_off(job.attempts))
         else:
             if task is None:
                 self._paused.pop(job.folder, None)

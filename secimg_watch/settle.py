@@ -132,7 +132,8 @@ class Tracker:
             return
         wait = max(self._settle, EMPTY_GRACE) if identity.size == 0 else self._settle
         seen = wall_ns if entry is None or entry.handed else entry.first_seen_ns
-        known = (identity.dev, identity.ino) in self._temporary
+        # Used up: the kernel gives the number of a deleted file to the next one.
+        known = self._temporary.pop((identity.dev, identity.ino), None) is not None
         self._entries[relpath] = _Entry(identity, seen, now, now + wait, renamed or known)
 
     def _look_again(self, entry: _Entry, now: float, *, renamed: bool) -> None:
@@ -183,13 +184,17 @@ class Tracker:
         self._entries[relpath].handed = True
 
     def waiting(self) -> int:
-        """How many files are seen and not yet handed over."""
-        return sum(not e.handed for e in self._entries.values())
+        """How many files with something in them are seen and not yet handed over."""
+        return sum(not e.handed and e.identity.size > 0 for e in self._entries.values())
+
+    def empty(self) -> int:
+        """How many files have nothing in them yet."""
+        return sum(not e.handed and e.identity.size == 0 for e in self._entries.values())
 
     def unready(self) -> list[str]:
         """The paths that settled and lack their proof."""
-        return [p for p, e in self._entries.items() if not e.handed and e.missing is not None]
-
-    def temporaries(self) -> int:
-        """How many temporary names are there."""
-        return len(self._temporary)
+        return [
+            path
+            for path, e in self._entries.items()
+            if not e.handed and e.missing is not None and e.identity.size > 0
+        ]

@@ -147,7 +147,7 @@ class Vault:
             }
             return VaultInfo(_exactly(_ID_SIZE, bytes.fromhex(fields["vault"])), checks)
         except FileNotFoundError:
-            hint = "run: secimg-watch key init"
+            hint = "mount its disk; or if it was never made, make it with: secimg-watch key init"
             raise NoInputError(f"there is no vault in {self.path}", hint=hint) from None
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} is damaged", hint="restore it from a backup") from error
@@ -184,9 +184,10 @@ class Vault:
 
     def unlock(self) -> None:
         """Let others write."""
-        if self._lock_fd is not None:
-            os.close(self._lock_fd)
-            self._lock_fd = None
+        with self._guard:  # several workers may find the vault gone at once
+            fd, self._lock_fd = self._lock_fd, None
+        if fd is not None:
+            os.close(fd)
 
     # -- writing ---------------------------------------------------------------------------
 
@@ -279,9 +280,11 @@ class Vault:
 
         Safe, because a plaintext is only ever deleted after its object left ``tmp/``.
         """
+        (self.path / "tmp").mkdir(mode=0o700, exist_ok=True)  # a backup may have left it out
         names = os.listdir(self.path / "tmp")
         for name in names:
-            os.unlink(self.path / "tmp" / name)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path / "tmp" / name)
         return len(names)
 
     # -- reading ---------------------------------------------------------------------------

@@ -48,6 +48,8 @@ def verify(
         if from_device:
             kernel.drop_cache(stream.fileno())
         opened = open_object(stream, [key], expect=staged.object_id, vault_id=vault_id)
+        if opened.meta.size != claimed.identity.size:
+            raise TamperedError("the object holds an earlier state of the file in hand")
         opened.preview()  # authenticated only: another decoder run need not make the same one
         _compare(opened.body(), held.fd, beat)
     refuse_if_changed(held, claimed.identity)

@@ -58,6 +58,9 @@ def main() -> None:
     """Run the command line. click's own words and exit code for wrong usage become ours."""
     try:
         cli.main(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        raise SystemExit(UsageError.exit_code) from None
     except click.ClickException as error:
         sentence = error.format_message().removesuffix(".")
         context = getattr(error, "ctx", None)

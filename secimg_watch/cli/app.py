@@ -138,6 +138,14 @@ def guarded(command: Callable[P, int | None]) -> Callable[P, NoReturn]:
             fault = refused(f"the system failed: {str(error.strerror).lower()}: {error.filename}")
             terminal.complain(fault)
             sys.exit(fault.exit_code)
+        except Exception as error:
+            if verbose >= _VERBOSE:
+                raise
+            defect = SecimgError(
+                f"a defect: {type(error).__name__}", hint="run it again with -vv to see where"
+            )
+            terminal.complain(defect)
+            sys.exit(defect.exit_code)
 
     return run
 

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from dataclasses import asdict
+from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -147,6 +148,7 @@ class Daemon:
             if policy.state != self._service.policy.state:
                 raise PolicyError("'state' cannot change while the service runs; restart it")
             successor = Service(policy, native=True)
+            successor.refuse_wrong_key()
         except SecimgError as error:
             log.error("reload: %s; the old policy stays in force", error)
             for fault in getattr(error, "faults", ()):
@@ -197,6 +199,8 @@ def drain(app: App) -> int:
             while not service.is_idle():
                 done = service.jobs.sealed_total() - before
                 show(done, done + service.jobs.pending())
+                if dead := service.dead_threads():
+                    raise NotReadyError(f"a thread of the service died: {', '.join(dead)}")
                 time.sleep(_POLL)
         service.stop()
         sealed = service.jobs.sealed_total() - before
@@ -210,7 +214,7 @@ def drain(app: App) -> int:
 
 def _tell_drained(app: App, sealed: int, final: report.Report) -> int:
     failed = sum(f.quarantined + f.undeletable for f in final.folders)
-    unready = sum(f.unready + f.queued for f in final.folders)
+    unready = sum(f.waiting + f.queued for f in final.folders)
     gone = [f for f in final.folders if f.health in {"gone", "paused"}]
     if app.json:
         terminal.emit({"sealed": sealed, "failed": failed, "not_ready": unready, **asdict(final)})
@@ -257,7 +261,8 @@ def _show_status(app: App, now: report.Report) -> None:
     if app.json:
         terminal.emit(asdict(now))
         return
-    state = f"running (pid {now.pid})" if now.running else "not running"
+    when = datetime.fromtimestamp(now.written).astimezone().isoformat(" ", "seconds")
+    state = f"running (pid {now.pid})" if now.running else f"not running; this was so at {when}"
     terminal.details(
         {
             "service": state,

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -17,12 +18,12 @@ from secimg_watch.cli.app import PATH, App, guarded, pass_app, with_json
 from secimg_watch.errors import CannotCreateError, NoInputError, SecimgError, UsageError
 from secimg_watch.names import display
 from secimg_watch.quantities import format_size
+from secimg_watch.records import Label
 from secimg_watch.restore import Destination
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from secimg_watch.container import Meta
+    from secimg_watch.policy import Policy
     from secimg_watch.records import ObjectId
 
 _VAULT = click.option("--vault", "vault_name", metavar="NAME", help="Only this vault.")
@@ -90,7 +91,8 @@ def vault_list(
 
 def _cells(object_id: ObjectId, meta: Meta) -> tuple[str, ...]:
     pixels = f"{meta.width}x{meta.height}" if meta.width else "-"
-    kind = meta.format or meta.label
+    shown = (meta.format, "" if meta.label == Label.IMAGE else meta.label)
+    kind = " ".join(word for word in shown if word)
     folder, name = os.fsdecode(meta.folder), os.fsdecode(meta.name)
     return (
         object_id[:12],
@@ -196,8 +198,10 @@ def vault_restore(
         raise UsageError("name the objects to restore, or give --all")
     if name is not None and len(object_ids) != 1:
         raise UsageError("--as goes with exactly one object")
+    policy = app.policy()
+    _refuse_protected(policy, target)
     if everything:
-        catalogs = app.catalogs(app.policy(), vault_name).values()
+        catalogs = app.catalogs(policy, vault_name).values()
         chosen = [(c, object_id) for c in catalogs for object_id in c.ids()]
     else:
         chosen = [_find(app, each, vault_name) for each in object_ids]
@@ -207,6 +211,23 @@ def vault_restore(
     if len(errors) == len(chosen) == 1:
         return errors[0][1].exit_code
     return 1 if errors else 0
+
+
+def _refuse_protected(policy: Policy, target: Path) -> None:
+    into = Path(os.path.realpath(target))
+    for folder in policy.folders:
+        if into.is_relative_to(os.path.realpath(folder.path)):
+            raise UsageError(
+                f"{target} lies in the watched folder {folder.path}:"
+                " what is restored there would be sealed again",
+                hint="choose another --to DIR",
+            )
+    for vault in policy.vaults.values():
+        if into.is_relative_to(os.path.realpath(vault.path)):
+            raise UsageError(
+                f"{target} lies in the vault {vault.path}, where nothing lies in clear",
+                hint="choose another --to DIR",
+            )
 
 
 def _restore_all(
