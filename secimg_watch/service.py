@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _KEY_RETRY: Final = 5.0  # seconds between two looks for a key that is locked away
-_FINISHERS: Final = 2  # while one waits for the disk, the other gathers
+_GATHER: Final = 0.002  # seconds: about one sync of a disk, and it serves all that come in it
 _BATCH: Final = 64  # verified objects that are committed together at most
 _IDLE: Final = 1.0  # seconds that a worker waits for a job before it shows a sign of life
 _STOP: Final = 20.0  # seconds that a job in hand may still take; below TimeoutStopSec
@@ -73,6 +73,7 @@ def _take_all(tasks: queue.Queue[Task | None]) -> list[Task | None]:
     taken: list[Task | None] = []
     with contextlib.suppress(queue.Empty):
         taken.append(tasks.get(timeout=_IDLE))
+        time.sleep(_GATHER)
         while len(taken) < _BATCH and taken[-1] is not None:
             taken.append(tasks.get_nowait())
     return taken
@@ -106,7 +107,7 @@ class Service:
         self._paused: dict[FolderKey, _Pause] = {}
         self._monitors: dict[FolderKey, Monitor] = {}
         self._workers: list[_Worker] = []
-        self._finishers: list[_Worker] = []
+        self._finisher: _Worker | None = None
         # Bounded, as each verified object keeps its plaintext open until it is erased.
         self._verified: queue.Queue[Task | None] = queue.Queue(_BATCH)
         self._watcher: Watcher | None = None
@@ -233,7 +234,7 @@ class Service:
             )
         for monitor in self._monitors.values():
             monitor.start()
-        self._finishers = [_Worker(f"finisher {n}", self._finish) for n in range(_FINISHERS)]
+        self._finisher = _Worker("finisher", self._finish)
         self._workers = [
             _Worker(f"worker {n}", self._work) for n in range(self.policy.worker_count)
         ]
@@ -266,11 +267,10 @@ class Service:
         for worker in self._workers:
             worker.thread.join()
         # Only now can nothing be added any more.
-        for _ in self._finishers:
+        if self._finisher is not None:
             self._verified.put(None)
-        for finisher in self._finishers:
-            finisher.thread.join()
-        self._finishers, self._workers = [], []
+            self._finisher.thread.join()
+        self._finisher, self._workers = None, []
         for monitor in self._monitors.values():
             monitor.join(timeout=_IDLE)
         if self._watcher is not None:
@@ -412,7 +412,7 @@ class Service:
         return time.monotonic() - min(beats, default=time.monotonic())
 
     def _threads(self) -> list[_Worker]:
-        return [*self._workers, *self._finishers]
+        return [*self._workers, *([self._finisher] if self._finisher else [])]
 
     def dead_threads(self) -> list[str]:
         """The names of threads that should run and do not."""

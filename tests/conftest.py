@@ -17,7 +17,7 @@ from daemon import Site
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_OURS = ("folder ", "worker ", "finisher ")
+_OURS = ("folder ", "worker ", "finisher")
 _GRACE = 5.0  # seconds that a thread may take to end after it was told to
 
 
