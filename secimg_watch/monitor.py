@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from secimg_watch import kernel
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _TICK: Final = 1.0  # seconds between two looks at root and watcher
 _HINTS: Final = 10_000  # more than these, and a scan is cheaper than looking one by one
+_LOOKS: Final = 256  # files passed over since the last scan that each turn looks at again
 _SCAN_SHARE: Final = 10  # a folder is not scanned for more than a tenth of the time on doubt
 
 log = logging.getLogger(__name__)
@@ -98,6 +100,7 @@ class Monitor(threading.Thread):
         self._watching = False
         self._trouble = ""
         self._passed: dict[str, Passed] = {}
+        self._heard: set[str] = set()
         self._told: Counter[Passed] = Counter()
         self._turning = False
         self._beat = time.monotonic()
@@ -168,6 +171,7 @@ class Monitor(threading.Thread):
             self._check_root()
             if self.root is not None:
                 self._follow_hints(self.root)
+                self._look_again(self.root)
                 self._scan_if_due(self.root)
                 self._queue_complete(self.root)
         except OSError as error:
@@ -309,6 +313,14 @@ class Monitor(threading.Thread):
                     self._passed.pop(relpath, None)
                 else:
                     self._see(found, renamed=renamed)
+                    self._heard.update([relpath] if found.passed is not None else [])
+
+    def _look_again(self, root: Root) -> None:
+        # Nobody says when a file that is passed over goes: a rename is heard by its new name only.
+        for relpath in list(islice(self._heard, _LOOKS)):
+            if look(root.fd, relpath, self._selection) is None:
+                self._heard.discard(relpath)
+                self._passed.pop(relpath, None)
 
     def _scan_below(self, root: Root, relpath: str) -> None:
         # A sub-folder that is new, or was moved in with all that is in it: files may have been
@@ -327,6 +339,7 @@ class Monitor(threading.Thread):
         if started < self._next_scan:
             return
         self._passed = {}
+        self._heard.clear()
         seen: set[str] = set()
         for found in scan(root.fd, self._selection):
             seen.add(found.relpath)
