@@ -43,9 +43,6 @@ if TYPE_CHECKING:
     from secimg_watch.policy import Policy
     from secimg_watch.records import KeyEncryptionKey
 
-_SCHEMA_LINE = "# yaml-language-server: $schema=policy.schema.json\n"
-
-
 # -- quickstart and init -------------------------------------------------------------------------
 
 
