@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from secimg_watch.errors import NoInputError, SecimgError, StorageError, UsageError
-from secimg_watch.gate import check_key
+from secimg_watch.gate import check_keys
+from secimg_watch.records import KeyEncryptionKey
 from secimg_watch.seal import open_object
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from secimg_watch.container import Meta
-    from secimg_watch.records import KeyEncryptionKey, ObjectId
+    from secimg_watch.records import ObjectId
     from secimg_watch.restore import Destination
     from secimg_watch.seal import OpenedObject
+    from secimg_watch.slots import Opener
     from secimg_watch.vault import Vault
 
 T = TypeVar("T")
@@ -32,18 +34,24 @@ class Entry:
 
 
 class Catalog:
-    """A vault and the key that opens it. Only `ids` works without a key."""
+    """A vault and what opens it. Only `ids` works without a key."""
 
-    def __init__(self, vault: Vault, key: KeyEncryptionKey) -> None:
-        """Check the key against the vault.
+    def __init__(self, vault: Vault, openers: Sequence[Opener]) -> None:
+        """Check the key-encryption keys, the current one first, against the vault.
+
+        With private keys alone the vault's file may be missing: what is sealed to a recipient
+        comes back from the objects and nothing else.
 
         Raises:
             NoInputError: there is no vault.
             KeyMismatchError: the vault does not know this key.
         """
         self._vault = vault
-        self._key = key
-        self._vault_id = check_key(vault, key).vault_id
+        self._openers = openers
+        ring = [each for each in openers if isinstance(each, KeyEncryptionKey)]
+        self._vault_id: bytes | None = None
+        if ring or vault.exists():
+            self._vault_id = check_keys(vault, ring).vault_id
 
     def ids(self) -> list[ObjectId]:
         """The ids of all objects, in order."""
@@ -118,7 +126,7 @@ class Catalog:
         try:
             with open(path, "rb", buffering=0) as stream:
                 return use(
-                    open_object(stream, [self._key], expect=object_id, vault_id=self._vault_id)
+                    open_object(stream, self._openers, expect=object_id, vault_id=self._vault_id)
                 )
         except FileNotFoundError:
             raise NoInputError(f"there is no object {object_id}") from None

@@ -154,6 +154,18 @@ def remove_marker(root: Root, relpath: str) -> None:
             os.close(parent)
 
 
+def rename_claim(root: Root, object_id: ObjectId, new_id: ObjectId) -> None:
+    """Put a claimed file under another object id; descriptors of it stay good.
+
+    Raises:
+        OSError: the system failed the rename.
+    """
+    assert root.staging is not None  # noqa: S101 - it was claimed, so there is a directory
+    staging = root.staging.fd
+    os.rename(object_id, new_id, src_dir_fd=staging, dst_dir_fd=staging)
+    kernel.sync_directory(staging)
+
+
 def take_back(object_id: ObjectId, staging: Directory) -> bool:
     """Move a quarantined file back among the claimed ones; false where it is not there."""
     try:

@@ -33,7 +33,12 @@ MAX_SLOTS: Final = 8
 MAX_PASSWORD_SLOTS: Final = 2
 """Each password slot costs a reader one slow derivation, so their number is bounded."""
 
-MAX_AREA: Final = 4_096
+SEALED_ROOT: Final = 1_168
+"""Bytes of a root key sealed to a recipient: HPKE's encapsulated key 1120, ciphertext 48."""
+
+MAX_AREA: Final = MAX_SLOTS * 1_300
+"""Most bytes of slots together: as many as there may be, each of the longest type."""
+
 SLOT_TAIL: Final = 80
 """Bytes of a slot that come out of its derivation: commitment 32, wrapped key 48."""
 
@@ -51,6 +56,7 @@ PBKDF2_ITERATIONS: Final = range(100_000, 10_000_000 + 1)
 _META_STEP: Final = 1_024
 _META_MAX: Final = 65_536
 _NAME_MAX: Final = 4_096
+_SIZE_MAX: Final = 2**52 - 1  # what a Cobblestone message holds: 2**38 chunks, the last one short
 _WORD_MAX: Final = 64
 _CRITICAL: Final = 0x8000
 _PRINTABLE: Final = frozenset(range(0x20, 0x7F))
@@ -66,8 +72,14 @@ _RECORD: Final = struct.Struct(">HI")
 _KEYRING_TYPE: Final = 1
 _ARGON2_TYPE: Final = 2
 _PBKDF2_TYPE: Final = 3
+_RECIPIENT_TYPE: Final = 4
 _SHA256: Final = 1
-_SLOT_SIZES: Final = {_KEYRING_TYPE: 132, _ARGON2_TYPE: 172, _PBKDF2_TYPE: 172}
+_SLOT_SIZES: Final = {
+    _KEYRING_TYPE: 132,
+    _ARGON2_TYPE: 172,
+    _PBKDF2_TYPE: 172,
+    _RECIPIENT_TYPE: 1_300,
+}
 
 
 def _damaged(detail: str) -> TamperedError:
@@ -170,8 +182,30 @@ class Pbkdf2Slot:
         return _slot_head(_PBKDF2_TYPE, self.key_id) + parameters + self.wrap.pack()
 
 
+@dataclass(frozen=True, slots=True)
+class RecipientSlot:
+    """The file key, wrapped with a root key that only the recipient's private key opens.
+
+    ``key_id`` (16 bytes) names the public key, ``sealed_root`` has ``SEALED_ROOT`` bytes.
+    """
+
+    key_id: bytes
+    sealed_root: bytes
+    wrap: Wrap
+
+    def pack(self) -> bytes:
+        """Return the slot's 1300 bytes."""
+        return recipient_slot_head(self.key_id) + self.sealed_root + self.wrap.pack()
+
+
+def recipient_slot_head(key_id: bytes) -> bytes:
+    """Return the first 20 bytes of a recipient's slot, to which its sealed root key is bound."""
+    return _slot_head(_RECIPIENT_TYPE, key_id)
+
+
 PasswordSlot: TypeAlias = Argon2idSlot | Pbkdf2Slot
-Slot: TypeAlias = KeyringSlot | PasswordSlot
+NamedSlot: TypeAlias = KeyringSlot | RecipientSlot
+Slot: TypeAlias = NamedSlot | PasswordSlot
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +256,7 @@ def _lengths_fault(meta_len: int, preview_len: int) -> str:
 def _slots_fault(slots: tuple[Slot, ...]) -> str:
     if not 1 <= len(slots) <= MAX_SLOTS:
         return f"the number of key slots is not 1 to {MAX_SLOTS}"
-    if sum(not isinstance(slot, KeyringSlot) for slot in slots) > MAX_PASSWORD_SLOTS:
+    if sum(isinstance(slot, PasswordSlot) for slot in slots) > MAX_PASSWORD_SLOTS:
         return f"there are more than {MAX_PASSWORD_SLOTS} password slots"
     if len({slot.key_id for slot in slots}) != len(slots):
         return "two key slots have the same key id"
@@ -299,6 +333,8 @@ def _parse_slot(kind: int, key_id: bytes, body: bytes) -> Slot:
     wrap = Wrap(*_WRAP.unpack(body[-_WRAP.size :]))
     if kind == _KEYRING_TYPE:
         return KeyringSlot(key_id, wrap)
+    if kind == _RECIPIENT_TYPE:
+        return RecipientSlot(key_id, body[:SEALED_ROOT], wrap)
     if kind == _ARGON2_TYPE:
         memory_kib, iterations, lanes, reserved, salt = _ARGON2.unpack_from(body)
         if reserved or not argon2id_allowed(memory_kib, iterations, lanes):
@@ -347,6 +383,10 @@ def _path_fault(meta: Meta) -> str:
     return ""
 
 
+def _size_fault(meta: Meta) -> str:
+    return f"a picture has at most {_SIZE_MAX} bytes" if meta.size > _SIZE_MAX else ""
+
+
 def _meta_values(meta: Meta) -> tuple[bytes, ...]:
     """Return the values of all fields, encoded; a field's tag is its place, from 1."""
     return (
@@ -384,7 +424,7 @@ def pack_meta(meta: Meta) -> bytes:
         values = dict(enumerate(_meta_values(meta), start=1))
     except (OverflowError, UnicodeEncodeError):
         raise UsageError("the metadata of an object is out of range") from None
-    if fault := _path_fault(meta) or _values_fault(values):
+    if fault := _path_fault(meta) or _values_fault(values) or _size_fault(meta):
         raise UsageError(f"the metadata of an object is out of range: {fault}")
     records = b"".join(_RECORD.pack(tag, len(value)) + value for tag, value in values.items())
     return records.ljust(_padded(len(records)), b"\0")
@@ -425,7 +465,7 @@ def parse_meta(data: bytes) -> Meta:
     if fault := _values_fault(known):
         raise _damaged(fault)
     meta = _decode_meta(known)
-    if fault := _path_fault(meta):
+    if fault := _path_fault(meta) or _size_fault(meta):
         raise _damaged(fault)
     return meta
 
@@ -441,7 +481,7 @@ def _parse_records(data: bytes) -> dict[int, bytes]:
             raise _damaged("a field of its metadata is out of place")
         values[tag] = data[start : start + length]
         offset, last = start + length, tag
-    if any(data[offset:]) or len(data) != _padded(offset):
+    if data[offset:].strip(b"\0") or len(data) != _padded(offset):
         raise _damaged("its metadata is not padded as it should be")
     return values
 

@@ -6,12 +6,15 @@ raises ``TamperedError`` with one and the same message, whichever check it was.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from typing import Final, TypeAlias
 
 from cryptography import exceptions
 from cryptography.cobblestone import Cobblestone256Decryptor, Cobblestone256Encryptor
-from cryptography.hazmat.primitives import constant_time, hashes, hmac
+from cryptography.hazmat.primitives import constant_time, hashes, hmac, hpke
+from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
@@ -40,9 +43,18 @@ GCM_TAG_SIZE: Final = 16
 GCM_MAX_DATA: Final = 2**31 - 1 - GCM_TAG_SIZE
 """Most bytes ``gcm_encrypt`` takes: the library's limit for one call, less the tag."""
 
+PUBLIC_KEY_SIZE: Final = 1184 + 32
+"""Bytes in a recipient's public key: ML-KEM-768 encapsulation key and X25519 public key."""
+
+HPKE_SIZE: Final = 1088 + 32 + WRAPPED_KEY_SIZE
+"""Bytes in a key sealed to a recipient: ML-KEM-768 ciphertext, X25519 share, and the key."""
+
 UNAUTHENTIC: Final = "the data does not authenticate: wrong key or password, or damaged"
 """The message of every cryptographic failure."""
 
+_MLKEM_PUBLIC_SIZE: Final = 1184
+_MLKEM_SEED_SIZE: Final = 64
+_HPKE: Final = hpke.Suite(hpke.KEM.MLKEM768_X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.AES_256_GCM)
 _CHUNK: Final = 16_384
 _SINGLE_USE_NONCE: Final = bytes(GCM_IV_SIZE)
 
@@ -69,6 +81,11 @@ def hkdf_expand(key: bytes, info: bytes, length: int) -> bytes:
     section 3.3 of the RFC asks for before the step is left out.
     """
     return HKDFExpand(hashes.SHA512(), length, info).derive(key)
+
+
+def sha256(data: bytes) -> bytes:
+    """Return the SHA-256 of ``data``: 32 bytes."""
+    return hashlib.sha256(data).digest()
 
 
 def header_mac(key: bytes, data: bytes) -> bytes:
@@ -105,6 +122,61 @@ def unwrap_key(single_use_key: bytes, wrapped: bytes) -> bytes:
     """
     try:
         return AESGCM(single_use_key).decrypt(_SINGLE_USE_NONCE, wrapped, None)
+    except exceptions.InvalidTag:
+        raise unauthentic() from None
+
+
+def recipient_public_key(seed: bytes) -> bytes:
+    """Return the public key (``PUBLIC_KEY_SIZE`` bytes) that belongs to a seed of 32 bytes."""
+    mlkem, x25519 = _expand_seed(seed)
+    return mlkem.public_key().public_bytes_raw() + x25519.public_key().public_bytes_raw()
+
+
+def _expand_seed(seed: bytes) -> tuple[MLKEM768PrivateKey, X25519PrivateKey]:
+    """Expand a private key as X-Wing does (draft-connolly-cfrg-xwing-kem, section 5.2)."""
+    expanded = hashlib.shake_256(seed).digest(_MLKEM_SEED_SIZE + KEY_SIZE)
+    return (
+        MLKEM768PrivateKey.from_seed_bytes(expanded[:_MLKEM_SEED_SIZE]),
+        X25519PrivateKey.from_private_bytes(expanded[_MLKEM_SEED_SIZE:]),
+    )
+
+
+def check_public_key(public_key: bytes) -> None:
+    """Refuse what cannot be a recipient's public key, by sealing something to it.
+
+    Raises:
+        ValueError: its length is wrong, or one of its two parts is not a key.
+    """
+    hpke_seal(public_key, b"", bytes(KEY_SIZE))
+
+
+def _public_key(public_key: bytes) -> hpke.MLKEM768X25519PublicKey:
+    mlkem = MLKEM768PublicKey.from_public_bytes(public_key[:_MLKEM_PUBLIC_SIZE])
+    x25519 = X25519PublicKey.from_public_bytes(public_key[_MLKEM_PUBLIC_SIZE:])
+    return hpke.MLKEM768X25519PublicKey(mlkem, x25519)
+
+
+def hpke_seal(public_key: bytes, info: bytes, key: bytes) -> bytes:
+    """Seal a 32-byte ``key`` to a recipient; ``HPKE_SIZE`` bytes come out.
+
+    HPKE (RFC 9180) in base mode with MLKEM768-X25519, HKDF-SHA256 and AES-256-GCM. Base mode
+    says nothing of who sealed.
+
+    Raises:
+        ValueError: those bytes are not a public key.
+    """
+    return _HPKE.encrypt(key, _public_key(public_key), info=info)
+
+
+def hpke_open(seed: bytes, info: bytes, sealed: bytes) -> bytes:
+    """Reverse ``hpke_seal`` with the recipient's private key, a seed of 32 bytes.
+
+    Raises:
+        TamperedError: ``sealed`` was not made for this key and ``info``.
+    """
+    private_key = hpke.MLKEM768X25519PrivateKey(*_expand_seed(seed))
+    try:
+        return _HPKE.decrypt(sealed, private_key, info=info)
     except exceptions.InvalidTag:
         raise unauthentic() from None
 

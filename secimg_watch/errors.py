@@ -19,6 +19,7 @@ SecimgError                  never raised itself
     ├── PolicyError          the policy file; carries every fault found
     ├── KeyMissingError      no key is stored under the configured name
     ├── KeyMismatchError     the key is not one that this vault knows
+    ├── RecoveryOpenError    whether there is a recovery key was neither confirmed nor declined
     └── InsecureKeyError     the key's store is not one that keeps a secret
 
 The exit codes are those of sysexits(3); 1 is used by the command line alone, for "some
@@ -153,6 +154,10 @@ class KeyMissingError(ConfigError):
 
 class KeyMismatchError(ConfigError):
     """The key is not one that this vault knows; nothing was encrypted or deleted."""
+
+
+class RecoveryOpenError(ConfigError):
+    """A recovery key was neither confirmed nor declined; nothing is deleted until it is."""
 
 
 class InsecureKeyError(ConfigError):

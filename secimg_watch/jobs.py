@@ -114,6 +114,11 @@ class Dwell:
     longest: int
 
 
+def new_object_id() -> ObjectId:
+    """Make a random id of 128 bits."""
+    return ObjectId(os.urandom(16).hex())
+
+
 def back_off(attempts: int) -> float:
     """Seconds until the next attempt: doubling from 2 s to 1 h, with a quarter of jitter."""
     delay = min(_FIRST_DELAY * 2.0 ** (attempts - 1), _LAST_DELAY)
@@ -156,7 +161,7 @@ class Jobs:
         rows = []
         for each in settled:
             a = each.arrival
-            row = _row(ObjectId(os.urandom(16).hex()), a.folder, a.relpath, a.identity, each.proof)
+            row = _row(new_object_id(), a.folder, a.relpath, a.identity, each.proof)
             rows.append((*row, a.first_seen_ns, State.QUEUED, ""))
         with self._changed:
             before = self._count_rows()
@@ -281,6 +286,16 @@ class Jobs:
                 "UPDATE job SET state = 'queued', reason = ?, not_before = ?,"
                 " attempts = attempts - ? WHERE object_id = ?",
                 (reason, time.time() + delay, 0 if burn else 1, job.object_id),
+            )
+            self._changed.notify_all()
+
+    def rename(self, job: Job, object_id: ObjectId, reason: str) -> None:
+        """Queue a job again under another object id."""
+        with self._changed:
+            self._db.execute(
+                "UPDATE job SET object_id = ?, state = 'queued', reason = ?, not_before = 0"
+                " WHERE object_id = ?",
+                (object_id, reason, job.object_id),
             )
             self._changed.notify_all()
 

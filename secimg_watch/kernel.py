@@ -6,12 +6,14 @@ answers what is true there: no lease can be had, a cache cannot be dropped.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
 import os
 import shutil
 import signal
+import stat
 import sys
 from enum import Enum
 from typing import TYPE_CHECKING, Final
@@ -25,6 +27,12 @@ if sys.platform != "win32":
 
 _RENAME_NOREPLACE: Final = 1
 _PR_SET_DUMPABLE: Final = 4
+_COPIED: Final = 1 << 30  # bytes for one call of copy_file_range, which may do less
+_BUFFER: Final = 1 << 16
+# Not the same file system, not this kind of file, not this kernel, or a filter of system calls.
+_CANNOT_COPY: Final = frozenset(
+    {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
+)
 
 # Directories are opened only to be walked and synced, never followed through a link.
 DIRECTORY: Final[int] = (
@@ -100,6 +108,38 @@ def read_at(fd: int, buffer: memoryview, offset: int) -> int:
         count = len(data)
         buffer[:count] = data
     return count
+
+
+def copy_from(source: int, start: int, target: int) -> None:
+    """Append a file's bytes from ``start`` on to another one, within the kernel where it can.
+
+    The source's own offset is neither used nor moved.
+    """
+    if sys.platform == "linux":
+        try:
+            while count := os.copy_file_range(source, target, _COPIED, offset_src=start):
+                start += count
+        except OSError as error:
+            if error.errno not in _CANNOT_COPY:
+                raise
+    buffer = memoryview(bytearray(_BUFFER))
+    # What is left: all of it where the kernel cannot copy, and nothing where it did.
+    while count := read_at(source, buffer, start):
+        start += count
+        rest = buffer[:count]
+        while rest:
+            rest = rest[os.write(target, rest) :]
+
+
+def give_like(fd: int, status: os.stat_result) -> None:
+    """Give an open file the owner and mode that another one has, as far as that is allowed.
+
+    So that what an administrator replaces can still be read by whom it belongs to.
+    """
+    if sys.platform != "win32":
+        with contextlib.suppress(PermissionError):
+            os.fchown(fd, status.st_uid, status.st_gid)
+        os.fchmod(fd, stat.S_IMODE(status.st_mode))
 
 
 def make_private(fd: int) -> None:

@@ -6,7 +6,9 @@ wait for ever on a prompt. A backend is loaded by its name, and only if it is on
 
 A provider is chosen by configuration or by where the process runs, never because another one
 failed. Whatever the provider, the stored value is one ASCII line, ``secimg1:KEY-ID:KEY``: the
-key id in 32 lower-case hexadecimal digits, the key in 44 characters of base64.
+key id in 32 lower-case hexadecimal digits, the key in 44 characters of base64. After a rotation
+it is followed by the former keys, each behind a space: one value, so that the change from one key
+to the next happens at once or not at all.
 """
 
 from __future__ import annotations
@@ -14,19 +16,12 @@ from __future__ import annotations
 import base64
 import configparser
 import contextlib
-import errno
 import importlib.metadata
 import multiprocessing
 import os
-import queue
 import re
 import secrets
-import signal
-import stat
-import subprocess
 import sys
-import threading
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -43,9 +38,15 @@ from secimg_watch.errors import (
     InsecureKeyError,
     KeyMissingError,
     KeyUnavailableError,
-    SecimgError,
 )
 from secimg_watch.records import KeyEncryptionKey
+from secimg_watch.secretline import (
+    INIT_HINT,
+    first_line,
+    read_private,
+    without_line_end,
+    write_private,
+)
 
 if sys.platform == "linux":
     from secimg_watch import secretservice
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from multiprocessing.connection import Connection
 
-ProviderName = Literal["auto", "keyring", "credential", "command", "file"]
+ProviderName = Literal["auto", "keyring", "credential", "command", "file", "none"]
 
 HELPER_TIMEOUT = 15.0
 """Seconds that a keyring's helper process, or a command, gets before it is killed."""
@@ -80,15 +81,11 @@ _SYSTEM_BACKENDS = {
 _ID_SIZE = 16
 _KEY_SIZE = 32
 _LINE = re.compile(r"secimg1:([0-9a-f]{32}):([A-Za-z0-9+/]{43}=)")
-_LINE_LIMIT = 4096  # bytes; a key's line has 85
+MAX_RING = 8
+"""Most keys that are stored under one name, the current one included."""
+
 # Both parts become part of a credential's file name.
 _NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,99})/([A-Za-z0-9][A-Za-z0-9._-]{0,99})")
-
-_OTHERS = 0o007
-_GROUP = 0o070
-_ACL = "system.posix_acl_access"
-
-_INIT_HINT = "secimg-watch key init"
 
 
 class KeyProvider(Protocol):
@@ -103,7 +100,10 @@ class KeyProvider(Protocol):
         """Say what should be known about the place, or nothing."""
 
     def load(self) -> KeyEncryptionKey:
-        """Read the key, afresh at every call.
+        """Read the current key, as ``load_ring``."""
+
+    def load_ring(self) -> tuple[KeyEncryptionKey, ...]:
+        """Read the current key, and behind it former ones, afresh at every call.
 
         Raises:
             KeyUnavailableError: locked, silent or not running; the same call works later.
@@ -120,6 +120,26 @@ class KeyProvider(Protocol):
                 program, or it gave something else back.
             KeyUnavailableError, InsecureKeyError: as for ``load``.
         """
+
+    def replace(self, ring: Sequence[KeyEncryptionKey]) -> None:
+        """Keep these keys instead of those that are there, and read them back.
+
+        Raises:
+            ConfigError: the place cannot be written by this program, or it gave something
+                else back.
+            KeyMissingError: there is nothing to replace.
+            KeyUnavailableError, InsecureKeyError: as for ``load``.
+        """
+
+
+class _Provider:
+    """What every provider has in common."""
+
+    __slots__ = ()
+
+    def load(self: KeyProvider) -> KeyEncryptionKey:
+        """Read the current key, as `KeyProvider.load`."""
+        return self.load_ring()[0]
 
 
 def generate() -> KeyEncryptionKey:
@@ -148,6 +168,32 @@ def decode(line: str, *, source: str = "the text") -> KeyEncryptionKey:
         f"{source} holds something that is not a key of this program",
         hint="it must be one line that begins with secimg1:",
     )
+
+
+def encode_ring(ring: Sequence[KeyEncryptionKey]) -> str:
+    """Write keys, the current one first, as the line that is stored.
+
+    Raises:
+        ConfigError: there are more than can be kept.
+    """
+    if len(ring) > MAX_RING:
+        raise ConfigError(
+            f"more than {MAX_RING} keys cannot be kept under one name",
+            hint="retire former ones: secimg-watch vault rekey, then secimg-watch key retire",
+        )
+    return " ".join(map(encode, ring))
+
+
+def decode_ring(line: str, *, source: str = "the text") -> tuple[KeyEncryptionKey, ...]:
+    """Read the line that `encode_ring` writes, and nothing else.
+
+    Raises:
+        ConfigError: it is not exactly such a line. ``source`` names it; it is not repeated.
+    """
+    ring = tuple(decode(word, source=source) for word in line.split(" "))
+    if len(ring) > MAX_RING or len({kek.key_id for kek in ring}) != len(ring):
+        raise ConfigError(f"{source} holds too many keys, or one of them twice")
+    return ring
 
 
 def provider_for(
@@ -183,6 +229,8 @@ def provider_for(
         if not command:
             raise ConfigError("the key comes from a command, but none is given")
         return Command(tuple(command), environ)
+    if provider == "none":
+        return NoKey()
     if provider == "file":
         if file is None:
             raise ConfigError("the key comes from a file, but none is given")
@@ -191,7 +239,7 @@ def provider_for(
 
 
 @dataclass(frozen=True, slots=True)
-class Keyring:
+class Keyring(_Provider):
     """The operating system's keyring, by the backend of that name.
 
     The Secret Service is read without prompting, within 10 s. Other backends run in a helper
@@ -218,15 +266,15 @@ class Keyring:
             return "keyrings.alt is installed; it can keep secrets in clear, and is not used"
         return ""
 
-    def load(self) -> KeyEncryptionKey:
-        """Read the item, as `KeyProvider.load`."""
+    def load_ring(self) -> tuple[KeyEncryptionKey, ...]:
+        """Read the item, as `KeyProvider.load_ring`."""
         if sys.platform == "linux" and self.backend == LINUX_BACKEND:
             line: str | None = secretservice.read(self.service, self.username)
         else:
             line = _ask_helper(self.backend, (self.service, self.username))
         if line is None:
-            raise KeyMissingError(f"{self.description} does not exist", hint=_INIT_HINT)
-        return decode(line, source=self.description)
+            raise KeyMissingError(f"{self.description} does not exist", hint=INIT_HINT)
+        return decode_ring(line, source=self.description)
 
     def store(self, kek: KeyEncryptionKey) -> None:
         """Create the item, as `KeyProvider.store`."""
@@ -235,6 +283,16 @@ class Keyring:
     def _write(self, line: str) -> None:
         if sys.platform == "linux" and self.backend == LINUX_BACKEND:
             secretservice.write(self.service, self.username, line, interactive=self.interactive)
+        else:
+            _ask_helper(self.backend, (self.service, self.username, line))
+
+    def replace(self, ring: Sequence[KeyEncryptionKey]) -> None:
+        """Change the item, as `KeyProvider.replace`."""
+        _replace(self, ring, self._write_over)
+
+    def _write_over(self, line: str) -> None:
+        if sys.platform == "linux" and self.backend == LINUX_BACKEND:
+            secretservice.write_over(self.service, self.username, line)
         else:
             _ask_helper(self.backend, (self.service, self.username, line))
 
@@ -263,7 +321,7 @@ class CredentialBackend(KeyringBackend):
         if not self._directory or "/" in name:
             return None
         try:
-            return _read_private(Path(self._directory, name), acl=True)
+            return read_private(Path(self._directory, name), acl=True)
         except KeyMissingError:
             return None
 
@@ -274,7 +332,7 @@ class CredentialBackend(KeyringBackend):
 
 
 @dataclass(frozen=True, slots=True)
-class Credential:
+class Credential(_Provider):
     """A credential that systemd hands to the service; ``directory`` is empty without one."""
 
     service: str
@@ -291,11 +349,11 @@ class Credential:
         """Nothing."""
         return ""
 
-    def load(self) -> KeyEncryptionKey:
-        """Read the credential, as `KeyProvider.load`. Only a restart brings a new value."""
+    def load_ring(self) -> tuple[KeyEncryptionKey, ...]:
+        """Read the credential, as `KeyProvider.load_ring`. Only a restart brings a new value."""
         line = CredentialBackend(self.directory).get_password(self.service, self.username)
         if line is not None:
-            return decode(line, source=self.description)
+            return decode_ring(line, source=self.description)
         if not self.directory:
             raise KeyMissingError(
                 f"there is no {self.description}: $CREDENTIALS_DIRECTORY is not set",
@@ -309,11 +367,18 @@ class Credential:
 
     def store(self, kek: KeyEncryptionKey) -> None:
         """Refuse, unless the credential is that key already."""
-        _store(self, kek, _unwritable("systemd writes credentials", "systemd-creds encrypt"))
+        _store(self, kek, self._refusal())
+
+    def replace(self, ring: Sequence[KeyEncryptionKey]) -> None:
+        """Refuse, unless the credential holds these keys already."""
+        _replace(self, ring, self._refusal())
+
+    def _refusal(self) -> Callable[[str], None]:
+        return _unwritable("systemd writes credentials", "systemd-creds encrypt")
 
 
 @dataclass(frozen=True, slots=True)
-class Command:
+class Command(_Provider):
     """A program that prints the key's line first. It runs without a shell and without input.
 
     What else it prints is discarded, standard error too: it might repeat a secret. It gets 15 s.
@@ -333,13 +398,13 @@ class Command:
         """Nothing."""
         return ""
 
-    def load(self) -> KeyEncryptionKey:
-        """Run the command, as `KeyProvider.load`.
+    def load_ring(self) -> tuple[KeyEncryptionKey, ...]:
+        """Run the command, as `KeyProvider.load_ring`.
 
         A failing command counts as unavailable, one that prints nothing as a missing key.
         """
         try:
-            status, line = _first_line(self.argv, self.environ, self.timeout)
+            status, line = first_line(self.argv, self.environ, self.timeout)
         except OSError as error:
             raise ConfigError(f"{self.description} cannot be run: {error.strerror}") from error
         if status is None:
@@ -350,16 +415,23 @@ class Command:
                 hint="run it by hand to see its message",
             )
         if not line:
-            raise KeyMissingError(f"{self.description} printed nothing", hint=_INIT_HINT)
-        return decode(_without_line_end(line), source=self.description)
+            raise KeyMissingError(f"{self.description} printed nothing", hint=INIT_HINT)
+        return decode_ring(without_line_end(line), source=self.description)
 
     def store(self, kek: KeyEncryptionKey) -> None:
         """Refuse, unless the command prints that key already."""
-        _store(self, kek, _unwritable("the key comes from a command", "store it where that reads"))
+        _store(self, kek, self._refusal())
+
+    def replace(self, ring: Sequence[KeyEncryptionKey]) -> None:
+        """Refuse, unless the command prints these keys already."""
+        _replace(self, ring, self._refusal())
+
+    def _refusal(self) -> Callable[[str], None]:
+        return _unwritable("the key comes from a command", "store it where that reads")
 
 
 @dataclass(frozen=True, slots=True)
-class File:
+class File(_Provider):
     """A file with the key in clear, readable by its owner alone, who is this user or root."""
 
     path: Path
@@ -374,9 +446,9 @@ class File:
         """Say what such a file is worth."""
         return f"whoever reads {self.path}, or a backup of it, can open the vault"
 
-    def load(self) -> KeyEncryptionKey:
-        """Read the file, as `KeyProvider.load`."""
-        return decode(_read_private(self.path, acl=False), source=self.description)
+    def load_ring(self) -> tuple[KeyEncryptionKey, ...]:
+        """Read the file, as `KeyProvider.load_ring`."""
+        return decode_ring(read_private(self.path, acl=False), source=self.description)
 
     def store(self, kek: KeyEncryptionKey) -> None:
         """Create the file with mode 0400, whole or not at all, as `KeyProvider.store`.
@@ -386,20 +458,71 @@ class File:
         """
         _store(self, kek, self._write)
 
-    def _write(self, line: str) -> None:
+    def replace(self, ring: Sequence[KeyEncryptionKey]) -> None:
+        """Change the file at once or not at all, as `KeyProvider.replace`.
+
+        Raises:
+            CannotCreateError: its directory cannot be written.
+        """
+        _replace(self, ring, lambda line: self._write(line, os.replace))
+
+    def _write(self, line: str, publish: Callable[[Path, Path], None] = os.link) -> None:
+        # A link never replaces: of two keys stored at once, the first stays.
         temporary = self.path.with_name(f".{secrets.token_hex(16)}.part")
         try:
-            _write_new(temporary, line)
+            write_private(temporary, line, like=self.path)
             try:
-                # A link never replaces: of two keys stored at once, the first stays.
-                os.link(temporary, self.path)
+                publish(temporary, self.path)
             finally:
-                os.unlink(temporary)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
             kernel.sync_path(self.path.parent)
         except OSError as error:
             raise CannotCreateError(
                 f"cannot create {self.description}: {error.strerror}"
             ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class NoKey(_Provider):
+    """A write-only vault's: nothing here opens what was sealed to the recipients."""
+
+    @property
+    def description(self) -> str:
+        """Say what that means."""
+        return "none (write-only: only the recipients can open the vault)"
+
+    @property
+    def warning(self) -> str:
+        """Nothing."""
+        return ""
+
+    def load_ring(self) -> tuple[KeyEncryptionKey, ...]:
+        """Give no key."""
+        return ()
+
+    def load(self) -> KeyEncryptionKey:
+        """Refuse.
+
+        Raises:
+            KeyMissingError: always.
+        """
+        raise KeyMissingError(
+            "this policy has no key: the vault is write-only here",
+            hint="open it with a recipient's private key: --identity FILE",
+        )
+
+    def store(self, kek: KeyEncryptionKey) -> None:
+        """Refuse."""
+        _store(self, kek, self._refusal())
+
+    def replace(self, ring: Sequence[KeyEncryptionKey]) -> None:
+        """Refuse."""
+        del ring
+        self._refusal()("")
+
+    def _refusal(self) -> Callable[[str], None]:
+        return _unwritable("the policy says 'provider: none'", "choose another key.provider")
 
 
 def _store(provider: KeyProvider, kek: KeyEncryptionKey, write: Callable[[str], None]) -> None:
@@ -417,6 +540,18 @@ def _store(provider: KeyProvider, kek: KeyEncryptionKey, write: Callable[[str], 
             f"{provider.description} holds another key already; nothing was changed",
             hint="choose another key.name; the key that is there may be the only one of a vault",
         )
+
+
+def _replace(
+    provider: KeyProvider, ring: Sequence[KeyEncryptionKey], write: Callable[[str], None]
+) -> None:
+    """Write over what is there, which has to be keys, and believe only what is read back."""
+    wanted = tuple(ring)
+    if provider.load_ring() == wanted:
+        return
+    write(encode_ring(wanted))
+    if provider.load_ring() != wanted:
+        raise ConfigError(f"{provider.description} did not keep the keys it was given")
 
 
 def _unwritable(reason: str, remedy: str) -> Callable[[str], None]:
@@ -511,116 +646,3 @@ def _help(pipe: Connection) -> None:
     except (KeyringError, RuntimeError, OSError) as error:
         # The type alone: a message may repeat what was to be stored.
         pipe.send((type(error).__name__, None))
-
-
-# Files and commands.
-
-
-def _read_private(path: Path, *, acl: bool) -> str:
-    """Read the only line of a file that nobody else can read.
-
-    With ``acl``, group bits count as the mask of an access control list where there is one:
-    systemd hands credentials to a service's user that way, on file systems that have lists.
-    """
-    try:
-        fd = os.open(path, kernel.PICTURE)
-        try:
-            fault = _fault(fd, acl=acl)
-            line = b"" if fault else os.read(fd, _LINE_LIMIT)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    if fault:
-        raise InsecureKeyError(f"refused {path}: {fault}", hint="it must be yours, with mode 0400")
-    return _without_line_end(line)
-
-
-def _fault(fd: int, *, acl: bool) -> str:
-    """Say why a file does not keep a secret; nothing if it does."""
-    status = os.fstat(fd)
-    fault = ""
-    if sys.platform == "win32":
-        fault = "on Windows a file's mode does not tell who can read it"
-    elif not stat.S_ISREG(status.st_mode):
-        fault = "it is not a regular file"
-    elif status.st_uid not in {0, os.geteuid()}:
-        fault = "it belongs to another user"
-    elif status.st_mode & _OTHERS or (status.st_mode & _GROUP and not (acl and _has_list(fd))):
-        fault = "others may use it"
-    return fault
-
-
-def _unreadable(path: Path, error: OSError) -> SecimgError:
-    if error.errno == errno.ENOENT:
-        return KeyMissingError(f"{path} does not exist", hint=_INIT_HINT)
-    if error.errno == errno.ELOOP:
-        return InsecureKeyError(f"refused {path}: it is a symbolic link")
-    if error.errno in {errno.EACCES, errno.EPERM, errno.ENOTDIR}:
-        return ConfigError(f"cannot read {path}: {error.strerror}")
-    return KeyUnavailableError(f"cannot read {path}: {error.strerror}")
-
-
-def _has_list(fd: int) -> bool:
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            return bool(os.getxattr(fd, _ACL))
-    return False
-
-
-def _without_line_end(line: bytes) -> str:
-    return line.removesuffix(b"\n").removesuffix(b"\r").decode("ascii", "replace")
-
-
-def _write_new(path: Path, line: str) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400)
-    with open(fd, "wb") as stream:
-        stream.write(f"{line}\n".encode("ascii"))
-        stream.flush()
-        os.fsync(fd)
-
-
-def _first_line(
-    argv: Sequence[str], environ: Mapping[str, str], timeout: float
-) -> tuple[int | None, bytes]:
-    """Run a program; give its status, None where it was killed for taking too long."""
-    deadline = time.monotonic() + timeout
-    process = subprocess.Popen(  # noqa: S603 - the administrator's own command, without a shell
-        argv,
-        env=environ,
-        bufsize=0,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-
-    def read() -> None:
-        if process.stdout is not None:
-            with process.stdout as stream:
-                lines.put(stream.readline(_LINE_LIMIT))
-                # Drained, so that a program with more to say does not wait for a reader.
-                while stream.read(_LINE_LIMIT):
-                    pass
-
-    threading.Thread(target=read, name="key-command", daemon=True).start()
-    try:
-        status = process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        _kill(process)
-        return None, b""
-    try:
-        return status, lines.get(timeout=max(0.0, deadline - time.monotonic()))
-    except queue.Empty:
-        # A child left in the background holds the pipe open without writing to it.
-        return None, b""
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill the program with all that it started, as any of them may hold the pipe open."""
-    if sys.platform == "win32":
-        process.kill()
-    else:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

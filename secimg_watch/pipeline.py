@@ -18,19 +18,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from secimg_watch.claim import claim, remove_marker, set_aside
+from secimg_watch.claim import claim, remove_marker, rename_claim, set_aside
 from secimg_watch.disposition import Disposition, disposition, is_indifferent
 from secimg_watch.erase import Erasure, erase
 from secimg_watch.errors import (
     ChangedInHandError,
     DiskFullError,
+    KeyMismatchError,
     NotAllowedError,
     NotReadyError,
     SecimgError,
     StorageError,
+    TamperedError,
 )
 from secimg_watch.hold import hold, is_unchanged
-from secimg_watch.jobs import State, back_off
+from secimg_watch.jobs import State, back_off, new_object_id
 from secimg_watch.records import Inspected, Label, Proof
 from secimg_watch.sealing import seal
 from secimg_watch.vault import Vault, commit
@@ -49,7 +51,8 @@ if TYPE_CHECKING:
         FolderKey,
         Held,
         Job,
-        KeyEncryptionKey,
+        KeySet,
+        Staged,
         Verified,
     )
     from secimg_watch.roots import Root
@@ -103,7 +106,7 @@ class Pipeline:
 
     jobs: Jobs
     inspector: Inspector
-    key: KeyEncryptionKey
+    keys: KeySet
     from_device: bool
     max_attempts: int
     beat: Callable[[], None]
@@ -167,22 +170,43 @@ class Pipeline:
         )
         return Inspected(held, inspection)
 
-    def _seal_and_verify(self, claimed: Claimed, place: Place) -> Verified:
-        staged = place.vault.find(claimed)
-        if staged is None:
-            sealed = seal(claimed, key=self.key, vault_id=place.vault_id, beat=self.beat)  # (4)
-            staged = place.vault.stage(sealed)  # (5)
+    def _seal_and_verify(self, claimed: Claimed, place: Place) -> Verified | None:
+        found = place.vault.find(claimed)
+        if found is not None:
+            return self._verify_found(found, place)
+        sealed = seal(claimed, keys=self.keys, vault_id=place.vault_id, beat=self.beat)  # (4)
+        staged = place.vault.stage(sealed)  # (5)
         try:
-            return verify(  # (6)
-                staged,
-                key=self.key,
-                vault_id=place.vault_id,
-                from_device=self.from_device,
-                beat=self.beat,
-            )
+            return self._verify(staged, place)  # (6)
         except BaseException:
             place.vault.discard(staged.object_id)
             raise
+
+    def _verify(self, staged: Staged, place: Place) -> Verified:
+        return verify(
+            staged,
+            keys=self.keys,
+            vault_id=place.vault_id,
+            from_device=self.from_device,
+            beat=self.beat,
+        )
+
+    def _verify_found(self, staged: Staged, place: Place) -> Verified | None:
+        """Prove anew what an earlier process committed; ``None`` where that cannot be done.
+
+        An object that does not open here, as in a write-only vault, or holds something else, may
+        be the only copy of that: it stays, and the picture in hand is sealed under a new id.
+        """
+        try:
+            return self._verify(staged, place)
+        except (TamperedError, KeyMismatchError) as error:
+            job = staged.claimed.inspected.held.job
+            log.warning("object %s is there and proves nothing: %s", job.object_id, error)
+            new_id = new_object_id()
+            if not staged.claimed.in_place:
+                rename_claim(place.root, job.object_id, new_id)
+            self.jobs.rename(job, new_id, "sealed anew under another object id")
+            return None
 
     def finish(self, tasks: Sequence[Task]) -> list[tuple[FolderKey, NotReadyError]]:
         """Commit verified objects and erase their plaintexts, many with one sync.

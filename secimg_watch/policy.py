@@ -32,7 +32,7 @@ from pydantic import (
 )
 from pydantic.json_schema import GenerateJsonSchema
 
-from secimg_watch.errors import NoInputError, NotAllowedError, StorageError
+from secimg_watch.errors import NoInputError, NotAllowedError, StorageError, UsageError
 from secimg_watch.names import display
 from secimg_watch.policyfile import MAX_TEXT, Document, Fault, Location, load, refusal
 from secimg_watch.quantities import (
@@ -47,6 +47,8 @@ from secimg_watch.quantities import (
     parse_share_or_size,
     parse_size,
 )
+from secimg_watch.recipients import RECIPIENT_PREFIX, format_recipient, parse_recipient
+from secimg_watch.records import Recipient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -67,15 +69,17 @@ decoded."""
 MAX_PIXELS = 89_478_485
 """Pillow's ``Image.MAX_IMAGE_PIXELS``: a quarter of a GiB at three bytes a pixel."""
 
-KeyProvider = Literal["auto", "keyring", "credential", "command", "file"]
+KeyProvider = Literal["auto", "keyring", "credential", "command", "file", "none"]
 ProofChoice = Literal["auto", "lease", "rename", "sidecar", "quiet"]
 WatchChoice = Literal["auto", "native", "poll"]
 NotImageChoice = Literal["leave", "quarantine", "encrypt"]
 UndecodableChoice = Literal["encrypt", "quarantine", "leave"]
 VerifyChoice = Literal["device", "cached"]
+RecoveryChoice = Literal["required", "declined"]
 
 _MIB = 2**20
 _MAX_WORKERS = 64
+_MAX_RECIPIENTS = 6  # of an object's eight slots; the others are for the key, and for a new one
 _MAX_AUTO_WORKERS = 4  # sealing is bound by the disk: more of them only wait for each other
 _MIN_AUTO_WORKERS = 2  # one large picture must not hold up the small ones
 _MOVE = "move:"
@@ -256,10 +260,27 @@ def _read_sidecar(value: object) -> str:
     )
 
 
-def _read_recipients(value: object) -> tuple[str, ...]:
-    if value == []:
-        return ()
-    raise _RefusedValueError("not available in this version", "remove the entry")
+def _read_recipients(value: object) -> tuple[Recipient, ...]:
+    if not isinstance(value, list):
+        raise _RefusedValueError(
+            "must be a list of public keys", f'write "recipients: [{RECIPIENT_PREFIX}...]"'
+        )
+    if len(value) > _MAX_RECIPIENTS:
+        raise _RefusedValueError(f"must hold at most {_MAX_RECIPIENTS} public keys")
+    found: dict[bytes, Recipient] = {}
+    for place, text in enumerate(value, 1):
+        try:
+            recipient = parse_recipient(text if isinstance(text, str) else "")
+        except UsageError as error:
+            raise _RefusedValueError(f"entry {place}: {error}", error.hint) from error
+        if recipient.key_id in found:
+            raise _RefusedValueError(f"entry {place} is there twice", "remove one of the two")
+        found[recipient.key_id] = recipient
+    return tuple(found.values())
+
+
+def _written_recipients(recipients: tuple[Recipient, ...]) -> list[str]:
+    return [format_recipient(each) for each in recipients]
 
 
 def _read_key_name(value: object) -> str:
@@ -347,7 +368,8 @@ class Key(_Model):
     provider: KeyProvider = Field(
         default="auto",
         description="auto picks by where the program runs: a systemd credential in a service, "
-        "the keyring in a person's session.",
+        "the keyring in a person's session. none: a write-only vault, which only the "
+        "recipients can open.",
     )
     name: Annotated[
         str,
@@ -491,11 +513,25 @@ class Policy(_Model):
     )
     key: Key = Field(default=Key(), description="Where the key-encryption key comes from.")
     recipients: Annotated[
-        tuple[str, ...],
+        tuple[Recipient, ...],
         PlainValidator(_read_recipients),
-        PlainSerializer(list, return_type=list[str]),
-        WithJsonSchema({"type": "array", "maxItems": 0}),
-    ] = Field(default=(), description="Public keys. Not available in this version.")
+        PlainSerializer(_written_recipients, return_type=list[str]),
+        WithJsonSchema(
+            {
+                "type": "array",
+                "maxItems": _MAX_RECIPIENTS,
+                "items": {
+                    "type": "string",
+                    "pattern": f"^{RECIPIENT_PREFIX}[A-Za-z0-9_-]{{1627}}$",
+                },
+            }
+        ),
+    ] = Field(default=(), description="Public keys that can open every new object.")
+    recovery: RecoveryChoice = Field(
+        default="required",
+        description="required: nothing is deleted before the private key of a recipient was "
+        "shown; declined: losing the key may lose the pictures, and that is accepted.",
+    )
     folders: Annotated[tuple[Folder, ...], Field(strict=False), BeforeValidator(_check_filled)] = (
         Field(description="The watched folders.", json_schema_extra={"minItems": 1})
     )
@@ -516,6 +552,11 @@ class Policy(_Model):
         ),
     ] = Field(default="auto", description="Pictures sealed at the same time.")
     limits: Limits = Field(default=Limits(), description="Bounds on what one picture may cost.")
+
+    @property
+    def deleting_vaults(self) -> frozenset[str]:
+        """Names of the vaults for whose folders plaintext is deleted."""
+        return frozenset(f.vault for f in self.folders if f.after.action == "delete")
 
     @property
     def worker_count(self) -> int:
@@ -632,6 +673,9 @@ def _with_only_vault(data: Any) -> Any:
 def _findings(data: Any, document: Document) -> Iterator[_Finding]:
     """Find what is wrong between values, in data that may have other faults as well."""
     yield from _key_findings(_mapping(data, "key"))
+    if _mapping(data, "key").get("provider") == "none" and not data.get("recipients"):
+        what = "key.provider: with none, nobody could open what is sealed to no recipient"
+        yield _Finding(("key", "provider"), what, 'add "recipients: [...]", or another provider')
     vaults = _mapping(data, "vaults")
     for index, folder in _folders(data):
         yield from _vault_findings(index, folder, vaults)

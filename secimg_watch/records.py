@@ -173,20 +173,25 @@ class Sealed:
     object_id: ObjectId
     size: int
     chunks: Callable[[], Iterator[memoryview]]
+    file_key: FileKey
 
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """An object that is written under a temporary name in its vault, and synced."""
+    """An object that is written under a temporary name in its vault, and synced.
+
+    ``file_key`` is ``None`` for an object that an earlier process left under its final name.
+    """
 
     claimed: Claimed
     object_id: ObjectId
     path: Path
+    file_key: FileKey | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """An object that was read back, decrypted with the stored key and compared byte for byte."""
+    """An object that was read back, decrypted and compared byte for byte."""
 
     staged: Staged
 
@@ -217,3 +222,44 @@ class KeyEncryptionKey:
 
     key_id: bytes  # 16 bytes
     key: bytes = field(repr=False)  # 32 bytes; kept out of every representation
+
+
+@dataclass(frozen=True, slots=True)
+class Recipient:
+    """A public key that objects are sealed to; ``key_id`` (16 bytes) is its fingerprint."""
+
+    key_id: bytes
+    public_key: bytes = field(repr=False)  # 1216 bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateKey:
+    """What opens the objects that were sealed to a recipient; ``key_id`` is the recipient's."""
+
+    key_id: bytes
+    seed: bytes = field(repr=False)  # 32 bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FileKey:
+    """The key of one object, still in the memory of the process that sealed it."""
+
+    key: bytes = field(repr=False)  # 32 bytes
+
+
+@dataclass(frozen=True, slots=True)
+class KeySet:
+    """What a vault is sealed with and opened with.
+
+    ``ring`` holds the current key-encryption key first and then former ones, which open only.
+    It is empty for a write-only vault: objects are sealed to ``recipients`` alone, and nothing
+    here opens them again.
+    """
+
+    ring: tuple[KeyEncryptionKey, ...]
+    recipients: tuple[Recipient, ...] = ()
+
+    @property
+    def locks(self) -> tuple[KeyEncryptionKey | Recipient, ...]:
+        """Everything that a new object gets a slot for."""
+        return (*self.ring[:1], *self.recipients)

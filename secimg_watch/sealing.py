@@ -15,13 +15,11 @@ from secimg_watch.seal import seal_object
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from secimg_watch.records import KeyEncryptionKey
+    from secimg_watch.records import KeySet
 
 
-def seal(
-    claimed: Claimed, *, key: KeyEncryptionKey, vault_id: bytes, beat: Callable[[], None]
-) -> Sealed:
-    """Seal a claimed file under a fresh file key, wrapped with ``key``.
+def seal(claimed: Claimed, *, keys: KeySet, vault_id: bytes, beat: Callable[[], None]) -> Sealed:
+    """Seal a claimed file under a fresh file key, wrapped for everything that ``keys`` locks with.
 
     Nothing is read before the object's chunks are asked for; they raise ``ChangedInHandError``
     where the file turns out longer or shorter than it was. ``beat`` is called for each piece.
@@ -31,12 +29,12 @@ def seal(
     sealed = seal_object(
         object_id=job.object_id,
         vault_id=vault_id,
-        locks=[key],
+        locks=keys.locks,
         meta=describe(claimed),
         preview=inspection.preview,
         read=reader(claimed.inspected.held.fd, beat),
     )
-    return Sealed(claimed, sealed.object_id, sealed.size, sealed.chunks)
+    return Sealed(claimed, sealed.object_id, sealed.size, sealed.chunks, sealed.file_key)
 
 
 def describe(claimed: Claimed) -> Meta:

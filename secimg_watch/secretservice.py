@@ -74,6 +74,20 @@ def write(
     _within(limit, work)
 
 
+def write_over(service: str, username: str, value: str, *, timeout: float = TIMEOUT) -> None:
+    """Give the only item of that name another value, in one call.
+
+    Raises:
+        KeyMissingError: there is none.
+        KeyUnavailableError, ConfigError: as for ``read``.
+    """
+
+    def work(connection: Any) -> None:
+        _only_item(connection, service, username).set_secret(value.encode("ascii"))
+
+    _within(timeout, work)
+
+
 def _require_service(connection: Any) -> None:
     if not secretstorage.check_service_availability(connection):
         raise KeyUnavailableError(
@@ -83,6 +97,12 @@ def _require_service(connection: Any) -> None:
 
 
 def _read(connection: Any, service: str, username: str) -> str:
+    item = _only_item(connection, service, username)
+    secret: bytes = item.get_secret()
+    return secret.decode("ascii", "replace")
+
+
+def _only_item(connection: Any, service: str, username: str) -> Any:
     wanted = {"service": service, "username": username}
     # The service-wide search lists locked items too; a collection's own search would not.
     items = list(secretstorage.search_items(connection, wanted))
@@ -98,7 +118,7 @@ def _read(connection: Any, service: str, username: str) -> str:
     if item.is_locked():
         path = item.item_path.rpartition("/")[0]
         raise _locked(secretstorage.Collection(connection, path).get_label())
-    return item.get_secret().decode("ascii", "replace")
+    return item
 
 
 def _no_item(connection: Any, service: str, username: str) -> SecimgError:

@@ -22,13 +22,13 @@ from secimg_watch.errors import (
     StorageError,
     VaultGoneError,
 )
-from secimg_watch.gate import check_key
+from secimg_watch.gate import check_keys, require_recovery
 from secimg_watch.inspector import Inspector, Limits
 from secimg_watch.jobs import Jobs, back_off
 from secimg_watch.keys import provider_for
 from secimg_watch.monitor import Monitor
 from secimg_watch.pipeline import Pipeline, Place, Task
-from secimg_watch.records import FolderKey
+from secimg_watch.records import FolderKey, KeySet
 from secimg_watch.recovery import recover_folder
 from secimg_watch.report import FolderReport, Report
 from secimg_watch.vault import Vault
@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 
     from secimg_watch.keys import KeyProvider
     from secimg_watch.policy import Policy
-    from secimg_watch.records import Job, KeyEncryptionKey
+    from secimg_watch.records import Job
     from secimg_watch.roots import Root
+    from secimg_watch.vault import VaultInfo
     from secimg_watch.watcher import Watcher
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class Service:
         self._stopping = threading.Event()
         self._abandon_at: float | None = None
         self._key_ready = threading.Event()
-        self._key: KeyEncryptionKey | None = None
+        self._keys: KeySet | None = None
         self._key_state = "not looked for yet"
         self._absent: dict[str, str] = {}
         self._paused: dict[FolderKey, _Pause] = {}
@@ -161,18 +162,19 @@ class Service:
         What is locked away or not mounted is tried again the next time; see `waiting_for`.
 
         Raises:
-            ConfigError: no waiting helps: the key is missing, insecure, or not a vault's.
+            ConfigError: no waiting helps: the key is missing, insecure, or not a vault's, or it
+                is not settled whether there is a recovery key.
             NotAllowedError: a vault cannot be written.
         """
         try:
-            key = self._key or self._provider.load()
+            keys = self._keys or self._load_keys()
         except NotReadyError as error:
             self._wait_for_key(str(error))
             return
         for name, vault in self.vaults.items():
             if name not in self._vault_ids:
-                self._admit_vault(name, vault, key)
-        self._key = key
+                self._admit_vault(name, vault, keys)
+        self._keys = keys
         self._key_state = "ready"
         self._key_ready.set()
 
@@ -180,27 +182,36 @@ class Service:
         """Before anything is opened: would key and vaults fit? What is absent may come later.
 
         Raises:
-            ConfigError: no waiting helps: the key is missing, insecure, or not a vault's.
+            ConfigError: no waiting helps, as for `admit`.
         """
         with contextlib.suppress(NotReadyError):
-            key = self._provider.load()
-            for vault in self.vaults.values():
+            keys = self._load_keys()
+            for name, vault in self.vaults.items():
                 if vault.exists():
-                    check_key(vault, key)
+                    self._check(name, vault, keys)
+
+    def _load_keys(self) -> KeySet:
+        return KeySet(self._provider.load_ring(), self.policy.recipients)
+
+    def _check(self, name: str, vault: Vault, keys: KeySet) -> VaultInfo:
+        info = check_keys(vault, keys.ring)
+        if self.policy.recovery == "required" and name in self.policy.deleting_vaults:
+            require_recovery(vault, info, keys.recipients)
+        return info
 
     def _wait_for_key(self, reason: str) -> None:
         if self._key_state != reason:
             log.warning("key: %s", reason)
         self._key_state = reason
 
-    def _admit_vault(self, name: str, vault: Vault, key: KeyEncryptionKey) -> None:
+    def _admit_vault(self, name: str, vault: Vault, keys: KeySet) -> None:
         try:
             if not vault.exists():
                 raise VaultGoneError(
                     f"there is no vault in {vault.path}: its disk is not mounted,"
                     " or 'secimg-watch key init' has not made it yet"
                 )
-            vault_id = check_key(vault, key).vault_id
+            vault_id = self._check(name, vault, keys).vault_id
             vault.lock()
         except NotReadyError as error:
             if self._absent.get(name) != str(error):
@@ -213,7 +224,7 @@ class Service:
 
     def waiting_for(self) -> str:
         """What must be there before anything can be sealed, and is not; "" where nothing is."""
-        if self._key is None:
+        if self._keys is None:
             return self._key_state
         return next(iter(self._absent.values()), "")
 
@@ -317,12 +328,12 @@ class Service:
         monitor = self._monitors[job.folder]
         root, name = monitor.root, monitor.policy.vault
         vault_id = self._vault_ids.get(name)
-        if root is None or vault_id is None or self._key is None:
+        if root is None or vault_id is None or self._keys is None:
             self.jobs.retry(job, "folder or vault went away", 0.0, burn=False)
             return
         place = Place(monitor.policy, root, self.vaults[name], vault_id, monitor.reconsider)
         try:
-            task = self._pipeline(self._key, worker).process(job, place)
+            task = self._pipeline(self._keys, worker).process(job, place)
         except NotReadyError as fault:
             self._pause(job.folder, fault)
         except Exception as error:  # noqa: BLE001 - nothing that one picture does ends a worker
@@ -334,11 +345,11 @@ class Service:
             else:
                 self._verified.put(task)
 
-    def _pipeline(self, key: KeyEncryptionKey, worker: _Worker) -> Pipeline:
+    def _pipeline(self, keys: KeySet, worker: _Worker) -> Pipeline:
         return Pipeline(
             jobs=self.jobs,
             inspector=self.inspector,
-            key=key,
+            keys=keys,
             from_device=self.policy.verify == "device",
             max_attempts=self.policy.limits.attempts,
             beat=functools.partial(self._beat, worker),
@@ -352,8 +363,8 @@ class Service:
             taken = _take_all(self._verified)
             ended = None in taken
             tasks = [task for task in taken if task is not None]
-            if tasks and self._key is not None:
-                failed = self._pipeline(self._key, worker).finish(tasks)
+            if tasks and self._keys is not None:
+                failed = self._pipeline(self._keys, worker).finish(tasks)
                 for folder, fault in failed:
                     self._pause(folder, fault)
                 for folder in {task.job.folder for task in tasks} - {f for f, _ in failed}:

@@ -4,6 +4,9 @@ A slot is wrapped with a single-use key, expanded from the key-encryption key, t
 salt and parameters, and the object's core. It cannot be moved to another object, and a
 commitment ties it to one key-encryption key: no slot opens under two keys, and no series of
 guesses learns anything from a damaged one.
+
+A recipient's slot carries a root key of its own, sealed to the public key by HPKE, which stands
+where the other slots have the key-encryption key.
 """
 
 from __future__ import annotations
@@ -21,12 +24,14 @@ from secimg_watch.container import (
     KeyringSlot,
     PasswordSlot,
     Pbkdf2Slot,
+    RecipientSlot,
     Slot,
     Wrap,
     argon2id_allowed,
+    recipient_slot_head,
 )
 from secimg_watch.errors import UsageError
-from secimg_watch.records import KeyEncryptionKey
+from secimg_watch.records import KeyEncryptionKey, PrivateKey, Recipient
 
 if TYPE_CHECKING:
     from secimg_watch.container import Core
@@ -40,6 +45,7 @@ DEFAULT_PBKDF2_ITERATIONS: Final = 600_000
 """OWASP's minimum for PBKDF2-HMAC-SHA256 (Password Storage Cheat Sheet, 2026)."""
 
 _SLOT_LABEL: Final = b"secimg-watch/v1/slot\0"
+_RECIPIENT_LABEL: Final = b"secimg-watch/v1/recipient-slot\0"
 _CHECK_LABEL: Final = b"secimg-watch/v1/key-check\0"
 
 
@@ -93,8 +99,11 @@ class Password:
             )
 
 
-Lock: TypeAlias = KeyEncryptionKey | Password
-"""What seals and opens an object."""
+Lock: TypeAlias = KeyEncryptionKey | Password | Recipient
+"""What an object is sealed with: each lock gets a slot."""
+
+Opener: TypeAlias = KeyEncryptionKey | Password | PrivateKey
+"""What opens an object that has a slot for it."""
 
 
 def encode_password(password: str | bytes) -> bytes:
@@ -161,59 +170,82 @@ def make_slot(lock: Lock, file_key: bytes, core: Core, passwords: PasswordCache)
         UsageError: a key-encryption key, or its id, has the wrong length.
         NotReadyError: there is not enough free memory for Argon2id.
     """
-    draft = _draft(lock, Wrap(_fresh_salt(), bytes(32), bytes(crypto.WRAPPED_KEY_SIZE)))
-    wrapping_key, commitment = _expand(draft, lock, core, passwords)
+    draft, root_key = _draft(lock, core, passwords)
+    wrapping_key, commitment = _expand(root_key, draft, core)
     wrapped = crypto.wrap_key(wrapping_key, file_key)
     return replace(draft, wrap=Wrap(draft.wrap.salt, commitment, wrapped))
 
 
-def _draft(lock: Lock, wrap: Wrap) -> Slot:
+def _draft(lock: Lock, core: Core, passwords: PasswordCache) -> tuple[Slot, bytes]:
+    """Return a slot that wraps nothing yet, and its root key."""
+    wrap = Wrap(_fresh_salt(), bytes(32), bytes(crypto.WRAPPED_KEY_SIZE))
     if isinstance(lock, KeyEncryptionKey):
-        return KeyringSlot(lock.key_id, wrap)
+        return KeyringSlot(lock.key_id, wrap), _checked(lock).key
+    if isinstance(lock, Recipient):
+        root_key = crypto.random_bytes(crypto.KEY_SIZE)
+        sealed = crypto.hpke_seal(lock.public_key, _hpke_info(lock.key_id, core), root_key)
+        return RecipientSlot(lock.key_id, sealed, wrap), root_key
+    slot: PasswordSlot
     if lock.kdf == "pbkdf2":
-        return Pbkdf2Slot(lock.key_id, lock.iterations, lock.salt, wrap)
-    cost = (lock.memory_kib, lock.passes, lock.lanes)
-    return Argon2idSlot(lock.key_id, *cost, lock.salt, wrap)
+        slot = Pbkdf2Slot(lock.key_id, lock.iterations, lock.salt, wrap)
+    else:
+        cost = (lock.memory_kib, lock.passes, lock.lanes)
+        slot = Argon2idSlot(lock.key_id, *cost, lock.salt, wrap)
+    return slot, passwords.derive(lock.secret, slot)
 
 
-def open_slot(slot: Slot, lock: Lock, core: Core, passwords: PasswordCache) -> bytes:
-    """Return the file key (32 bytes) out of a slot that ``fits`` the lock.
+def open_slot(slot: Slot, opener: Opener, core: Core, passwords: PasswordCache) -> bytes:
+    """Return the file key (32 bytes) out of a slot that ``fits`` the opener.
 
     Raises:
         TamperedError: the key or password is wrong, or slot or core are damaged.
         NotReadyError: there is not enough free memory for Argon2id.
     """
-    wrapping_key, commitment = _expand(slot, lock, core, passwords)
+    root_key = _root_key(slot, opener, core, passwords)
+    wrapping_key, commitment = _expand(root_key, slot, core)
     # Before the unwrapping: GCM alone can be made to open one ciphertext under two keys.
     if not crypto.equal(commitment, slot.wrap.commitment):
         raise crypto.unauthentic()
     return crypto.unwrap_key(wrapping_key, slot.wrap.wrapped)
 
 
-def fits(slot: Slot, lock: Lock) -> bool:
+def fits(slot: Slot, opener: Opener) -> bool:
     """Whether it makes sense to try: the key that the slot names, or a password for one."""
-    if isinstance(lock, KeyEncryptionKey):
-        return isinstance(slot, KeyringSlot) and slot.key_id == lock.key_id
-    return not isinstance(slot, KeyringSlot)
+    match opener:
+        case KeyEncryptionKey():
+            return isinstance(slot, KeyringSlot) and slot.key_id == opener.key_id
+        case PrivateKey():
+            return isinstance(slot, RecipientSlot) and slot.key_id == opener.key_id
+        case Password():
+            return isinstance(slot, PasswordSlot)
 
 
-def _expand(slot: Slot, lock: Lock, core: Core, passwords: PasswordCache) -> tuple[bytes, bytes]:
+def _root_key(slot: Slot, opener: Opener, core: Core, passwords: PasswordCache) -> bytes:
+    match slot, opener:
+        case KeyringSlot(), KeyEncryptionKey():
+            return _checked(opener).key
+        case RecipientSlot(), PrivateKey():
+            info = _hpke_info(slot.key_id, core)
+            return crypto.hpke_open(opener.seed, info, slot.sealed_root)
+        case ((Argon2idSlot() | Pbkdf2Slot()), Password()):
+            return passwords.derive(opener.secret, slot)
+        case _:
+            raise UsageError("a slot opens with a key or password of its own kind only")
+
+
+def _hpke_info(key_id: bytes, core: Core) -> bytes:
+    return _RECIPIENT_LABEL + recipient_slot_head(key_id) + core.pack()
+
+
+def _expand(root_key: bytes, slot: Slot, core: Core) -> tuple[bytes, bytes]:
     """Return the slot's wrapping key and commitment.
 
     Every part of ``info`` has a fixed length for its slot type, and the type stands first,
     so that no two slots have the same one.
     """
     info = _SLOT_LABEL + slot.pack()[:-SLOT_TAIL] + core.pack()
-    expanded = crypto.hkdf_expand(_root_key(slot, lock, passwords), info, 64)
+    expanded = crypto.hkdf_expand(root_key, info, 64)
     return expanded[:32], expanded[32:]
-
-
-def _root_key(slot: Slot, lock: Lock, passwords: PasswordCache) -> bytes:
-    if isinstance(lock, KeyEncryptionKey):
-        return _checked(lock).key
-    if isinstance(slot, KeyringSlot):
-        raise UsageError("a password cannot open the slot of a key-encryption key")
-    return passwords.derive(lock.secret, slot)
 
 
 def _checked(kek: KeyEncryptionKey) -> KeyEncryptionKey:

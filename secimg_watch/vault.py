@@ -3,11 +3,16 @@
 ``vault.json``                      format version, vault id, known key ids and their check values
 ``objects/ab/<object id>.simg``     objects; ``ab`` are the id's first two digits
 ``tmp/<object id>.simg``            objects that are being written or verified
-``lock``                            held by the one process that writes
+``rekey/<object id>.simg``          objects that are about to replace the one of that name
+``lock``                            held by the one process that writes new objects
+``vault.json.lock``                 held while ``vault.json`` is changed
+``rekey/lock``                      held by the one process that replaces objects
 
 Write order, which everything else relies on: write under ``tmp/``, sync the file, (somebody else
 reads it back and compares), rename to its final name without ever overwriting, sync the
-directory of that name. This module never sees a key.
+directory of that name. An object that is replaced, for other keys, goes the same way: the old one
+stays under the name until the new one was synced and checked, and never is there neither. This
+module never sees a key.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ from secimg_watch.errors import (
 from secimg_watch.records import Claimed, Committed, ObjectId, Sealed, Staged, Verified
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from secimg_watch.quantities import Reserve
@@ -59,10 +64,14 @@ def is_object_id(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class VaultInfo:
-    """What ``vault.json`` says: the vault's id (16 bytes), and a check value for each key id."""
+    """What ``vault.json`` says: the vault's id (16 bytes), and a check value for each key id.
+
+    ``recovery`` are the ids of recipients whose private key was shown to exist.
+    """
 
     vault_id: bytes
     checks: dict[bytes, bytes]  # key id (16 bytes) -> check value (32 bytes)
+    recovery: frozenset[bytes] = frozenset()  # ids of 16 bytes
 
 
 class Vault:
@@ -117,15 +126,35 @@ class Vault:
             {"id": key_id.hex(), "check": base64.b64encode(check).decode()}
             for key_id, check in info.checks.items()
         ]
-        text = json.dumps({"format": FORMAT, "vault": info.vault_id.hex(), "keys": keys}, indent=2)
+        fields = {"format": FORMAT, "vault": info.vault_id.hex(), "keys": keys}
+        if info.recovery:
+            fields["recovery"] = sorted(each.hex() for each in info.recovery)
+        text = json.dumps(fields, indent=2)
         temporary = self.path / "vault.json.new"
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(fd, "w", encoding="ascii") as file:
+            # An administrator who changes it must not take it away from the service's user.
+            with contextlib.suppress(FileNotFoundError):
+                kernel.give_like(fd, os.stat(self.path / "vault.json"))
             file.write(text + "\n")
             file.flush()
             os.fsync(fd)
         os.replace(temporary, self.path / "vault.json")
         kernel.sync_path(self.path)
+
+    def edit_info(self, edit: Callable[[VaultInfo], VaultInfo]) -> None:
+        """Change what ``vault.json`` says, alone and at once.
+
+        Raises:
+            AlreadyRunningError: another process is changing it in this moment.
+        """
+        fd = kernel.lock_exclusively(self.path / "vault.json.lock")
+        if fd is None:
+            raise AlreadyRunningError(f"another process changes {self.path / 'vault.json'}")
+        try:
+            self.write_info(edit(self.info()))
+        finally:
+            os.close(fd)
 
     def info(self) -> VaultInfo:
         """Read ``vault.json``.
@@ -145,11 +174,14 @@ class Vault:
                 )
                 for key in fields["keys"]
             }
-            return VaultInfo(_exactly(_ID_SIZE, bytes.fromhex(fields["vault"])), checks)
+            recovery = frozenset(
+                _exactly(_ID_SIZE, bytes.fromhex(each)) for each in fields.get("recovery", ())
+            )
+            return VaultInfo(_exactly(_ID_SIZE, bytes.fromhex(fields["vault"])), checks, recovery)
         except FileNotFoundError:
             hint = "mount its disk; or if it was never made, make it with: secimg-watch key init"
             raise NoInputError(f"there is no vault in {self.path}", hint=hint) from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{path} is damaged", hint="restore it from a backup") from error
         except OSError as error:
             raise StorageError(f"{path} cannot be read: {error.strerror}") from error
@@ -200,27 +232,29 @@ class Vault:
             OSError: the system failed the write; nothing was left behind.
         """
         path = self._temporary(sealed.object_id)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+        _unlink(path)
         if self._node is not None and self._look() != self._node:
             # What was admitted and locked is not what the path leads to now: an unmounted disk
             # would have its objects written to the empty directory below it.
             raise VaultGoneError(f"the vault {self.path} was removed, replaced or unmounted")
-        with self._space_for(sealed.size):
+        self._write(path, sealed.size, lambda fd: write_pieces(fd, sealed.chunks()))
+        return Staged(sealed.claimed, sealed.object_id, path, sealed.file_key)
+
+    def _write(self, path: Path, size: int, write: Callable[[int], None]) -> None:
+        """Write a new file and sync it; nothing is left behind where that fails."""
+        with self._space_for(size):
             try:
                 fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400)
                 try:
-                    for chunk in sealed.chunks():
-                        _write_all(fd, chunk)
+                    write(fd)
                     os.fsync(fd)
                 finally:
                     os.close(fd)
             except BaseException as error:
-                self.discard(sealed.object_id)
+                _unlink(path)
                 if isinstance(error, OSError) and error.errno in _OUT_OF_SPACE:
                     raise DiskFullError(f"the vault {self.path} is full") from error
                 raise
-        return Staged(sealed.claimed, sealed.object_id, path)
 
     @contextlib.contextmanager
     def _space_for(self, size: int) -> Iterator[None]:
@@ -272,8 +306,7 @@ class Vault:
 
     def discard(self, object_id: ObjectId) -> None:
         """Remove an object's temporary file, if there is one."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._temporary(object_id))
+        _unlink(self._temporary(object_id))
 
     def discard_temporaries(self) -> int:
         """At start: remove what an earlier process left under ``tmp/``; how many it was.
@@ -283,9 +316,71 @@ class Vault:
         (self.path / "tmp").mkdir(mode=0o700, exist_ok=True)  # a backup may have left it out
         names = os.listdir(self.path / "tmp")
         for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path / "tmp" / name)
+            _unlink(self.path / "tmp" / name)
         return len(names)
+
+    # -- replacing -------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def replacing(self) -> Iterator[None]:
+        """Be the one process that replaces objects; what an earlier one left unfinished goes.
+
+        New objects may be written meanwhile, by this process or another one.
+
+        Raises:
+            AlreadyRunningError: another process is.
+            NotAllowedError: the vault cannot be written.
+        """
+        aside = self.path / "rekey"
+        try:
+            aside.mkdir(mode=0o700, exist_ok=True)
+            fd = kernel.lock_exclusively(aside / "lock")
+        except OSError as error:
+            if error.errno in _OUT_OF_SPACE:
+                raise DiskFullError(f"the vault {self.path} is full") from error
+            message = f"the vault {self.path} cannot be written: {error.strerror}"
+            raise NotAllowedError(message) from error
+        if fd is None:
+            raise AlreadyRunningError(f"another process changes keys in the vault {self.path}")
+        try:
+            for left in aside.glob(f"*{SUFFIX}"):
+                _unlink(left)
+            yield
+        finally:
+            os.close(fd)
+
+    def replace(
+        self,
+        object_id: ObjectId,
+        size: int,
+        write: Callable[[int], None],
+        check: Callable[[Path], None],
+    ) -> None:
+        """Put another file of ``size`` bytes in the place of an object, at once or not at all.
+
+        ``write`` is given a descriptor, ``check`` the path of what was written and synced; it
+        raises where that must not replace the object. Owner and mode stay those of the object.
+
+        Raises:
+            DiskFullError: less would stay free than the reserve.
+            OSError: the system failed a call.
+        """
+        path = self.path / "rekey" / f"{object_id}{SUFFIX}"
+        final = self.object_path(object_id)
+        status = os.stat(final)
+
+        def write_as_before(fd: int) -> None:
+            kernel.give_like(fd, status)
+            write(fd)
+
+        self._write(path, size, write_as_before)
+        try:
+            check(path)
+            os.replace(path, final)
+        except BaseException:
+            _unlink(path)
+            raise
+        kernel.sync_path(final.parent)
 
     # -- reading ---------------------------------------------------------------------------
 
@@ -306,7 +401,7 @@ class Vault:
         Raises:
             NoInputError: there is no vault.
         """
-        if not self.exists():
+        if not (self.path / "objects").is_dir():
             raise NoInputError(f"there is no vault in {self.path}")
         return sorted(
             ObjectId(path.stem)
@@ -348,6 +443,14 @@ def _exactly(size: int, value: bytes) -> bytes:
     return value
 
 
-def _write_all(fd: int, chunk: memoryview) -> None:
-    while chunk:
-        chunk = chunk[os.write(fd, chunk) :]
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def write_pieces(fd: int, pieces: Iterable[memoryview]) -> None:
+    """Write all of every piece."""
+    for piece in pieces:
+        rest = piece
+        while rest:
+            rest = rest[os.write(fd, rest) :]

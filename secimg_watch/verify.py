@@ -13,13 +13,14 @@ from secimg_watch.seal import open_object
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from secimg_watch.records import KeyEncryptionKey
+    from secimg_watch.records import FileKey, KeySet
+    from secimg_watch.slots import Opener
 
 
 def verify(
     staged: Staged,
     *,
-    key: KeyEncryptionKey,
+    keys: KeySet,
     vault_id: bytes,
     from_device: bool,
     beat: Callable[[], None],
@@ -29,16 +30,20 @@ def verify(
     The file key is unwrapped from the object's own slot with the stored key, so that what is
     proved is what a later restore needs. Nothing that the sealing left in memory is used.
 
+    For a write-only vault there is no key but the object's own, still in memory. The header's
+    MAC then proves that every slot is on disk as it was made; that the recipient's private key
+    opens its slot can be proved by whoever has that key, and by nobody else.
+
     Args:
         staged: the object.
-        key: the stored key.
+        keys: the keys that the vault is sealed with.
         vault_id: the vault that the object must belong to.
         from_device: drop the object from the page cache first.
         beat: called for each piece, as a sign of life.
 
     Raises:
         TamperedError: it does not open, or holds other bytes.
-        KeyMismatchError: the key id in its slot is damaged.
+        KeyMismatchError: no key at hand opens it.
         ChangedInHandError: the plaintext changed in the meantime.
         OSError: it cannot be read.
     """
@@ -47,13 +52,21 @@ def verify(
     with open(staged.path, "rb", buffering=0) as stream:
         if from_device:
             kernel.drop_cache(stream.fileno())
-        opened = open_object(stream, [key], expect=staged.object_id, vault_id=vault_id)
+        opened = open_object(
+            stream, _openers(staged, keys), expect=staged.object_id, vault_id=vault_id
+        )
         if opened.meta.size != claimed.identity.size:
             raise TamperedError("the object holds an earlier state of the file in hand")
         opened.preview()  # authenticated only: another decoder run need not make the same one
         _compare(opened.body(), held.fd, beat)
     refuse_if_changed(held, claimed.identity)
     return Verified(staged)
+
+
+def _openers(staged: Staged, keys: KeySet) -> tuple[Opener | FileKey, ...]:
+    if keys.ring:
+        return keys.ring
+    return () if staged.file_key is None else (staged.file_key,)
 
 
 def _compare(body: Iterable[memoryview], fd: int, beat: Callable[[], None]) -> None:

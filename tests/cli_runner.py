@@ -20,7 +20,7 @@ from PIL import Image
 
 from secimg_watch import keys, policyfile
 from secimg_watch.catalog import Catalog
-from secimg_watch.gate import admit_key
+from secimg_watch.gate import admit_keys
 from secimg_watch.quantities import Reserve
 from secimg_watch.vault import Vault
 
@@ -190,6 +190,7 @@ class Box:
             "key": {"provider": "file", "file": str(self.key)},
             "folders": [{"path": str(self.drop), "settle": "0s", **folder}],
             "verify": "cached",
+            "recovery": "declined",
             **(more or {}),
         }
         self.policy.write_text(policyfile.dump(data))
@@ -200,7 +201,7 @@ class Box:
 
     def make_vault(self) -> None:
         """Lay out the vault, with the key that is there."""
-        admit_key(self._vault(), self._provider().load())
+        admit_keys(self._vault(), [self._provider().load()])
 
     def __call__(self, *arguments: str | bytes | Path, cwd: Path | None = None) -> Outcome:
         """Run a command with this policy."""
@@ -212,7 +213,7 @@ class Box:
 
     def object_named(self, name: str) -> str:
         """The id of the only object that was sealed under this name."""
-        entries = Catalog(self._vault(), self._provider().load()).entries()
+        entries = Catalog(self._vault(), self._provider().load_ring()).entries()
         [found] = [e.object_id for e in entries if e.meta and e.meta.name == os.fsencode(name)]
         return found
 

@@ -188,6 +188,7 @@ class Site:
             "state": str(self.state),
             "vaults": {"main": {"path": str(self.vault), "min_free": 0}},
             "key": {"provider": "file", "file": str(self.key)},
+            "recovery": "declined",
             "folders": [self.folder],
         }
 

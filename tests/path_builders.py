@@ -26,6 +26,7 @@ from secimg_watch.records import (
     Inspection,
     Job,
     KeyEncryptionKey,
+    KeySet,
     Label,
     ObjectId,
     Proof,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from secimg_watch.records import Claimed, Committed, Held, Sealed, Staged, Verified
 
 KEY: Final = KeyEncryptionKey(b"k" * 16, b"\x07" * 32)
+KEYS: Final = KeySet((KEY,))
 VAULT_ID: Final = b"v" * 16
 NO_RESERVE: Final = Reserve(0.0, 0)
 PICTURE: Final = b"\xff\xd8\xff\xe0 a picture"
@@ -201,7 +203,7 @@ class Desk:
 
     def sealed(self, claimed: Claimed) -> Sealed:
         """Seal it."""
-        return seal(claimed, key=KEY, vault_id=VAULT_ID, beat=lambda: None)
+        return seal(claimed, keys=KEYS, vault_id=VAULT_ID, beat=lambda: None)
 
     def staged(self, job: Job, *, move: bool = True) -> Staged:
         """Write its object under a temporary name."""
@@ -210,7 +212,7 @@ class Desk:
     def verify(self, staged: Staged, *, from_device: bool = True) -> Verified:
         """Read the object back."""
         return verify(
-            staged, key=KEY, vault_id=VAULT_ID, from_device=from_device, beat=lambda: None
+            staged, keys=KEYS, vault_id=VAULT_ID, from_device=from_device, beat=lambda: None
         )
 
     def verified(self, job: Job, *, move: bool = True) -> Verified:

@@ -20,6 +20,7 @@ from secimg_watch.policy import (
     parse_policy,
     schema,
 )
+from secimg_watch.recipients import format_recipient, generate_identity, recipient_of
 
 CONFIG = Path(__file__).parent.parent / "config"
 SAMPLES = sorted(path.name for path in CONFIG.glob("*.yaml"))
@@ -29,6 +30,7 @@ state: /var/lib/secimg-watch
 vaults: {main: {path: /srv/vault}}
 folders: [{path: /srv/scans}]
 """
+PUBLIC = format_recipient(recipient_of(generate_identity()))
 
 
 def test_the_samples_are_the_documented_ones() -> None:
@@ -47,6 +49,7 @@ def test_every_sample_is_a_valid_policy_that_loses_nothing(name: str) -> None:
     assert {folder.after.action for folder in policy.folders} == {"delete"}
     assert {folder.undecodable for folder in policy.folders} == {"encrypt"}
     assert policy.verify == "device"
+    assert policy.recovery == "required"
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -74,6 +77,22 @@ def test_the_full_example_explains_every_key_it_gives() -> None:
         key = re.match(r" *(?:- )?([a-z_]+):", line)
         if key and key[1] not in {"main", "path", "exclude"}:
             assert above.lstrip().startswith("#"), line
+
+
+def test_the_full_example_shows_how_recipients_are_listed() -> None:
+    text = (CONFIG / "policy.yaml").read_text()
+    example = "# recipients:\n#   - secimg-recipient-1:...\n"
+    assert example in text
+    given = (
+        example.replace("# ", "", 1).replace("#  ", "").replace("secimg-recipient-1:...", PUBLIC)
+    )
+    policy = parse_policy(text.replace("recipients: []\n", given), "policy.yaml")
+    assert [format_recipient(each) for each in policy.recipients] == [PUBLIC]
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_sample_tells_how_a_recovery_key_is_made(name: str) -> None:
+    assert "secimg-watch key recovery make --output FILE" in (CONFIG / name).read_text()
 
 
 def test_the_profiles_fit_their_producers() -> None:
@@ -108,6 +127,13 @@ def test_the_schema_gives_defaults_as_a_policy_file_writes_them() -> None:
     assert re.search(folder["rescan"]["pattern"], "5m")
     assert schema()["$defs"]["Vault"]["properties"]["min_free"]["default"] == "2%"
     assert schema()["$defs"]["Limits"]["properties"]["decode_memory"]["default"] == "1GiB"
+
+
+def test_the_schema_takes_the_text_of_a_public_key_and_nothing_shorter() -> None:
+    recipients = schema()["properties"]["recipients"]
+    assert recipients["maxItems"] == 6
+    assert re.search(recipients["items"]["pattern"], PUBLIC)
+    assert not re.search(recipients["items"]["pattern"], PUBLIC[:-1])
 
 
 def test_the_schema_asks_for_no_more_than_a_minimal_policy_has() -> None:

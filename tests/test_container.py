@@ -126,7 +126,7 @@ def metas() -> st.SearchStrategy[Meta]:
         Meta,
         name=names,
         folder=st.lists(names, max_size=4).map(b"/".join),
-        size=st.integers(0, 2**64 - 1),
+        size=st.integers(0, 2**52 - 1),
         mtime_ns=times,
         mode=numbers,
         format=words,

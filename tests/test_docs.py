@@ -26,7 +26,9 @@ from PIL import Image
 
 from secimg_watch import __version__, container, errors, settle
 from secimg_watch.cli import cli
+from secimg_watch.cli.app import App
 from secimg_watch.policy import parse_policy, schema
+from secimg_watch.recipients import format_recipient, generate_identity, recipient_of
 from secimg_watch.records import ObjectId
 from secimg_watch.report import FolderReport
 
@@ -196,7 +198,8 @@ def understand(arguments: list[str]) -> None:
     parent = None
     rest = arguments
     while True:
-        context = command.make_context(command.name or "secimg-watch", list(rest), parent=parent)
+        name = command.name or "secimg-watch"
+        context = command.make_context(name, list(rest), parent=parent, obj=App())
         if not isinstance(command, click.Group):
             return
         _, found, rest = command.resolve_command(context, [*context._protected_args, *context.args])
@@ -241,9 +244,18 @@ def test_the_completion_line_gives_bash_a_completion(tmp_path: Path) -> None:
 # -- samples -----------------------------------------------------------------------------------
 
 
+def filled(text: str) -> str:
+    """Put a public key wherever a sample leaves it out for its length."""
+    return re.sub(
+        r"secimg-recipient-1:\.\.\.",
+        lambda _: format_recipient(recipient_of(generate_identity())),
+        text,
+    )
+
+
 @pytest.mark.parametrize("block", blocks("yaml"))
 def test_every_policy_sample_is_valid(block: Block) -> None:
-    sample = yaml.safe_load(block.text)
+    sample = yaml.safe_load(filled(block.text))
     whole = sample if "version" in sample else yaml.safe_load(BLANK) | sample
     policy = parse_policy(yaml.safe_dump(whole), f"{block.page}:{block.line}")
     assert len(policy.folders) == len(whole["folders"])
@@ -257,7 +269,7 @@ def test_every_drop_in_fits_the_unit_and_the_policy_beside_it(block: Block) -> N
     service = dict(drop_in["Service"])
     name, _, source = service["LoadCredentialEncrypted"].partition(":")
     sample = next(b for b in blocks_of(HERE / "docs" / block.page) if b.kind == "yaml")
-    policy = parse_policy(sample.text, block.page)
+    policy = parse_policy(filled(sample.text), block.page)
     assert name == policy.key.name.replace("/", ".")
     assert os.path.isabs(source)
     written = {str(policy.vaults["main"].path), *(str(f.path) for f in policy.folders)}
@@ -399,6 +411,7 @@ def test_the_slot_table_gives_the_lengths_of_the_slots() -> None:
         container.KeyringSlot(b"i" * 16, wrap),
         container.Argon2idSlot(b"i" * 16, 8192, 1, 1, b"p" * 32, wrap),
         container.Pbkdf2Slot(b"i" * 16, 100_000, b"p" * 32, wrap),
+        container.RecipientSlot(b"i" * 16, b"r" * container.SEALED_ROOT, wrap),
     )
     table = [
         (int(kind), int(length)) for kind, length, _ in rows(marked("docs/format.md", "slots"))
@@ -415,7 +428,7 @@ def test_the_derivation_labels_are_those_in_use() -> None:
     label = re.compile(r'"(secimg-watch/v1/[\w-]+)\\0"')
     used = {
         found
-        for module in ("seal.py", "slots.py")
+        for module in ("seal.py", "slots.py", "recipients.py")
         for found in label.findall((PACKAGE / module).read_text())
     }
     assert used
@@ -563,7 +576,7 @@ def test_the_tour_prints_what_the_readme_says(tmp_path: Path) -> None:
     (home / "Pictures/notes.txt").write_text("not a picture\n")
     tour = Tour(home)
     sessions = [block for block in blocks_of(README) if block.kind == "console"]
-    assert len(sessions) == 5
+    assert len(sessions) == 6
     try:
         for session in sessions:
             for command, shown in steps(session):
@@ -576,6 +589,7 @@ def test_the_tour_prints_what_the_readme_says(tmp_path: Path) -> None:
     for name in ("passport.jpg", "map.png"):
         original = (home / "Pictures" / name).read_bytes()
         assert (home / "restored" / name).read_bytes() == original
+        assert (home / "rescued" / name).read_bytes() == original
 
 
 def test_a_difference_between_tour_and_readme_is_noticed() -> None:

@@ -163,6 +163,94 @@ def test_opening_a_picture_follows_no_link_and_waits_for_no_writer(
     os.close(os.open(tmp_path / "fifo", kernel.PICTURE))
 
 
+# -- copying -----------------------------------------------------------------------------------
+
+CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+
+
+def copied(path: Path, start: int, before: bytes = b"head") -> bytes:
+    """What stands in a new file after the rest of another one was copied behind its head."""
+    source = os.open(path, os.O_RDONLY)
+    target = os.open(path.with_name("copy"), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        os.write(target, before)
+        kernel.copy_from(source, start, target)
+        assert os.lseek(source, 0, os.SEEK_CUR) == 0, "the source's own offset stays"
+        return os.pread(target, 1 << 30, 0)
+    finally:
+        os.close(source)
+        os.close(target)
+
+
+@pytest.mark.parametrize("start", [0, 1, 7, 65_536, 300_000 - 1, 300_000, 400_000])
+def test_the_rest_of_a_file_is_appended_to_another_one(path: Path, start: int) -> None:
+    data = os.urandom(300_000)
+    path.write_bytes(data)
+    assert copied(path, start) == b"head" + data[start:]
+
+
+@pytest.mark.parametrize("code", CANNOT_COPY)
+@pytest.mark.parametrize("calls", [0, 2])
+def test_where_the_kernel_cannot_copy_it_is_read_and_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch, code: int, calls: int
+) -> None:
+    """``calls``: how many calls the kernel does, little at a time, before it refuses."""
+    data = os.urandom(200_000)
+    path.write_bytes(data)
+    really, left = os.copy_file_range, calls
+
+    def copy(source: int, target: int, _count: int, *, offset_src: int) -> int:
+        nonlocal left
+        if not left:
+            raise OSError(code, os.strerror(code))
+        left -= 1
+        return really(source, target, 1_000, offset_src=offset_src)
+
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    assert copied(path, 10) == b"head" + data[10:]
+    assert left == 0
+
+
+def test_a_kernel_that_copies_nothing_and_says_nothing_is_not_believed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.write_bytes(b"picture" * 20_000)
+    monkeypatch.setattr(os, "copy_file_range", lambda *_args, **_more: 0)
+    assert copied(path, 7) == b"head" + b"picture" * 19_999
+
+
+def test_short_writes_are_completed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = os.urandom(70_000)
+    path.write_bytes(data)
+    really = os.write
+    monkeypatch.setattr(os, "copy_file_range", lambda *_args, **_more: 0)
+    monkeypatch.setattr(os, "write", lambda fd, part: really(fd, part[:999]))
+    assert copied(path, 0) == b"head" + data
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EFBIG])
+def test_a_copy_that_fails_for_another_reason_fails(
+    path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def fail(*_args: object, **_more: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "copy_file_range", fail)
+    with pytest.raises(OSError, match=os.strerror(code)) as caught:
+        copied(path, 0)
+    assert caught.value.errno == code
+
+
+def test_from_one_file_system_to_another_the_bytes_are_the_same(path: Path) -> None:
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK) or memory.stat().st_dev == path.stat().st_dev:
+        pytest.skip("there is no second file system that can be written")
+    path.write_bytes(b"picture" * 20_000)
+    with tempfile.TemporaryFile(dir=memory) as target, path.open("rb") as source:
+        kernel.copy_from(source.fileno(), 7, target.fileno())
+        assert os.pread(target.fileno(), 1 << 20, 0) == b"picture" * 19_999
+
+
 # -- names -------------------------------------------------------------------------------------
 
 

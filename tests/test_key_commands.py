@@ -10,6 +10,13 @@ from typing import TYPE_CHECKING
 import pytest
 from cli_runner import Box, check_complaint, contents, make_box, picture
 
+from secimg_watch.recipients import (
+    format_recipient,
+    generate_identity,
+    identity_file,
+    recipient_of,
+)
+
 assert sys.platform != "win32"  # what is tested here does not exist there
 
 if TYPE_CHECKING:
@@ -60,7 +67,13 @@ def test_a_listing_says_which_key_each_vault_knows_and_whether_it_is_there(box: 
     assert box("key", "init").code == 0
     outcome = box("key", "list", "--json")
     assert outcome.code == 0
-    row = {"key": key_id(box), "vault": "main", "at_hand": True}
+    row = {
+        "kind": "key",
+        "key": key_id(box),
+        "vault": "main",
+        "at_hand": True,
+        "state": "current",
+    }
     assert outcome.json() == {
         "provider": f"key file {box.key}",
         "state": "at hand",
@@ -68,8 +81,49 @@ def test_a_listing_says_which_key_each_vault_knows_and_whether_it_is_there(box: 
     }
     first, heads, cells = box("key", "list").out.splitlines()
     assert first == f"key file {box.key}: at hand"
-    assert heads.split("\t") == ["key", "vault", "at hand"]
-    assert cells.split("\t") == [key_id(box), "main", "yes"]
+    assert heads.split("\t") == ["kind", "key", "vault", "state"]
+    assert cells.split("\t") == ["key", key_id(box), "main", "current"]
+
+
+def states(box: Box) -> dict[str, str]:
+    """What a listing says of each key and recipient."""
+    return {row["key"]: row["state"] for row in box("key", "list", "--json").json()["keys"]}
+
+
+def test_a_listing_tells_the_current_key_from_former_ones(box: Box) -> None:
+    assert box("key", "init").code == 0
+    old = key_id(box)
+    assert box("key", "rotate").code == 0
+    new = key_id(box)
+    assert states(box) == {old: "former", new: "current"}
+    box.key.unlink()
+    assert states(box) == {old: "not at hand", new: "not at hand"}
+
+
+def test_a_listing_says_which_recipients_have_shown_their_private_key(box: Box) -> None:
+    identities = [generate_identity() for _ in range(2)]
+    shown, other = (each.key_id.hex() for each in identities)
+    recipients = [format_recipient(recipient_of(each)) for each in identities]
+    box.write_policy(more={"recipients": recipients})
+    assert box("key", "init").code == 0
+    file = box.directory / "identity"
+    file.write_text(identity_file(identities[0]))
+    assert box("key", "recovery", "confirm", "--identity", file).code == 0
+    assert states(box) == {key_id(box): "current", shown: "confirmed", other: "not confirmed"}
+    rows = box("key", "list", "--json").json()["keys"]
+    assert [row["kind"] for row in rows] == ["key", "recipient", "recipient"]
+    assert [row["at_hand"] for row in rows] == [True, False, False]
+
+
+def test_the_keys_of_a_write_only_vault_are_its_recipients(box: Box) -> None:
+    identity = generate_identity()
+    recipient = format_recipient(recipient_of(identity))
+    box.write_policy(more={"key": {"provider": "none"}, "recipients": [recipient]})
+    outcome = box("key", "init")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith("no key: none (write-only")
+    assert states(box) == {identity.key_id.hex(): "not confirmed"}
+    assert box("key", "list", "--json").json()["state"] == "write-only"
 
 
 def test_a_listing_works_without_the_key_and_without_a_vault(box: Box) -> None:

@@ -198,6 +198,67 @@ def test_another_key_is_never_replaced(lab: Lab) -> None:
     assert provider().load() == kek
 
 
+def items() -> int:
+    """How many items of the key's name the keyring has."""
+    wanted = {"service": "secimg-watch", "username": "main"}
+    with closing(secretstorage.dbus_init()) as connection:
+        return len(list(secretstorage.search_items(connection, wanted)))
+
+
+def test_keys_are_replaced_within_the_only_item(lab: Lab) -> None:
+    old, new = keys.generate(), keys.generate()
+    provider().store(old)
+    for ring in ((new, old), (new, old), (new,)):
+        provider().replace(ring)
+        assert provider().load_ring() == ring
+        assert provider().load() == new
+        assert items() == 1
+        stored = lab.python_keyring("get", "secimg-watch", "main").strip()
+        assert stored == keys.encode_ring(ring)
+    lab.restart_keyring()
+    assert provider().load_ring() == (new,)
+
+
+def test_as_many_keys_as_are_allowed_fit_into_one_item(lab: Lab) -> None:
+    ring = tuple(keys.generate() for _ in range(keys.MAX_RING))
+    provider().store(ring[-1])
+    provider().replace(ring)
+    assert provider().load_ring() == ring
+
+
+def test_what_is_not_there_is_not_replaced(lab: Lab) -> None:
+    with pytest.raises(KeyMissingError):
+        provider().replace((keys.generate(),))
+    assert items() == 0
+
+
+def test_in_a_locked_keyring_nothing_is_replaced_and_nobody_is_asked(
+    lab: Lab, prompter: Any
+) -> None:
+    kek = keys.generate()
+    provider().store(kek)
+    lab.lock()
+    with pytest.raises(KeyUnavailableError, match="is locked"):
+        provider().replace((keys.generate(), kek))
+    with pytest.raises(KeyUnavailableError, match="is locked"):
+        secretservice.write_over("secimg-watch", "main", "a value")
+    assert calls_that_arrived(prompter) == []
+    lab.restart_keyring()
+    assert provider().load_ring() == (kek,)
+
+
+def test_of_two_items_of_one_name_none_is_replaced(lab: Lab) -> None:
+    for _ in range(2):
+        secretservice.write("secimg-watch", "main", keys.encode(keys.generate()))
+    for attempt in (
+        lambda: provider().replace((keys.generate(),)),
+        lambda: secretservice.write_over("secimg-watch", "main", "a value"),
+    ):
+        with pytest.raises(ConfigError, match="2 items"):
+            attempt()
+    assert items() == 2
+
+
 def test_a_missing_key_is_reported_with_the_collections_that_were_searched(lab: Lab) -> None:
     with pytest.raises(KeyMissingError, match="username=main in 'Login'") as caught:
         provider().load()
@@ -313,6 +374,9 @@ def test_the_helper_process_stores_and_reads_through_a_backend_of_the_keyring_pa
     assert keys._ask_helper(keys.LINUX_BACKEND, ("secimg-watch", "main")) is None
     keys._ask_helper(keys.LINUX_BACKEND, ("secimg-watch", "main", "value"))
     assert keys._ask_helper(keys.LINUX_BACKEND, ("secimg-watch", "main")) == "value"
+    keys._ask_helper(keys.LINUX_BACKEND, ("secimg-watch", "main", "another"))
+    assert keys._ask_helper(keys.LINUX_BACKEND, ("secimg-watch", "main")) == "another"
+    assert items() == 1
 
 
 def test_the_helper_process_is_killed_when_its_prompt_is_not_answered(

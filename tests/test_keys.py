@@ -112,6 +112,73 @@ def test_a_line_is_read_exactly_or_refused_and_never_repeated(line: str) -> None
     assert len(line) <= len("secimg1:") or line not in shown
 
 
+def ring_of(count: int) -> tuple[KeyEncryptionKey, ...]:
+    return tuple(keys.generate() for _ in range(count))
+
+
+@given(
+    st.lists(
+        st.builds(
+            KeyEncryptionKey,
+            st.binary(min_size=16, max_size=16),
+            st.binary(min_size=32, max_size=32),
+        ),
+        min_size=1,
+        max_size=keys.MAX_RING,
+        unique_by=lambda kek: kek.key_id,
+    )
+)
+def test_several_keys_survive_their_line_in_their_order(ring: list[KeyEncryptionKey]) -> None:
+    line = keys.encode_ring(ring)
+    assert line.isascii()
+    assert line.isprintable()
+    assert len(line) == 86 * len(ring) - 1
+    assert keys.decode_ring(line) == tuple(ring)
+
+
+def test_one_key_alone_has_the_line_that_it_always_had() -> None:
+    assert keys.encode_ring([KEK]) == LINE
+    assert keys.decode_ring(LINE) == (KEK,)
+
+
+def test_a_program_that_knows_one_key_refuses_the_line_of_several() -> None:
+    with pytest.raises(ConfigError, match="not a key of this program"):
+        keys.decode(keys.encode_ring(ring_of(2)))
+
+
+OTHER_LINE = keys.encode(KeyEncryptionKey(bytes(16), bytes(32)))
+
+
+@given(st.text() | st.lists(st.sampled_from([LINE, OTHER_LINE, "", "\n"])).map(" ".join))
+@example(f"{LINE} {LINE}")
+@example(f"{LINE}  {OTHER_LINE}")
+@example(f"{LINE}\t{OTHER_LINE}")
+@example(f"{LINE} {OTHER_LINE} ")
+@example(f" {LINE}")
+@example(f"{LINE},{OTHER_LINE}")
+@example(f"{LINE} {OTHER_LINE}\n")
+@example(f"{LINE} {keys.encode(KeyEncryptionKey(KEK.key_id, bytes(32)))}")
+def test_a_line_of_keys_is_read_exactly_or_refused_and_never_repeated(line: str) -> None:
+    try:
+        ring = keys.decode_ring(line)
+    except ConfigError as error:
+        shown = str(error) + error.hint
+    else:
+        shown = ""
+        assert keys.encode_ring(ring) == line
+        assert len({kek.key_id for kek in ring}) == len(ring)
+    assert len(line) <= len("secimg1:") or line not in shown
+
+
+def test_more_keys_than_are_allowed_are_neither_written_nor_read() -> None:
+    ring = ring_of(keys.MAX_RING + 1)
+    with pytest.raises(ConfigError, match="more than 8 keys") as caught:
+        keys.encode_ring(ring)
+    assert "key retire" in caught.value.hint
+    with pytest.raises(ConfigError, match="too many keys"):
+        keys.decode_ring(" ".join(map(keys.encode, ring)))
+
+
 def test_generated_keys_differ_in_id_and_key() -> None:
     first, second = keys.generate(), keys.generate()
     assert first.key_id != second.key_id
@@ -603,6 +670,159 @@ def test_any_other_content_of_a_key_file_is_refused(
         key_file(path).load()
 
 
+# More than one key.
+
+
+@posix_only
+def test_every_provider_gives_the_current_key_first_and_former_ones_behind_it(
+    tmp_path: Path,
+) -> None:
+    ring = ring_of(keys.MAX_RING)
+    line = keys.encode_ring(ring)
+    write(tmp_path / "secimg-watch.main", line)
+    for provider in (
+        credential(tmp_path),
+        key_file(tmp_path / "secimg-watch.main"),
+        command(*python(f"print({line!r})")),
+    ):
+        assert provider.load_ring() == ring
+        assert provider.load() == ring[0]
+
+
+@posix_only
+def test_the_keys_in_a_file_are_replaced_and_stay_the_owners_alone(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    key_file(path).store(KEK)
+    new = keys.generate()
+    key_file(path).replace((new, KEK))
+    assert path.read_text() == f"{keys.encode(new)} {LINE}\n"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o400
+    assert os.listdir(tmp_path) == ["key"]
+    key_file(path).replace((new,))
+    assert key_file(path).load_ring() == (new,)
+
+
+@posix_only
+def test_whoever_reads_a_key_file_while_it_is_replaced_has_the_old_or_the_new_keys(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "key"
+    rings = [ring_of(count) for count in (1, 3, 2, 5)]
+    key_file(path).store(rings[0][0])
+    with path.open() as old:
+        key_file(path).replace(rings[1])
+        assert old.read() == f"{keys.encode_ring(rings[0])}\n"
+    seen: list[tuple[KeyEncryptionKey, ...]] = []
+    ended = threading.Event()
+
+    def read() -> None:
+        done = False
+        while not done:
+            done = ended.is_set()
+            seen.append(key_file(path).load_ring())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for ring in rings * 5:
+        key_file(path).replace(ring)
+    ended.set()
+    reader.join(10)
+    assert set(seen) <= set(rings)
+    assert seen[-1] == rings[-1]
+
+
+@posix_only
+def test_a_key_file_that_cannot_be_replaced_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_source: Path, _target: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    path = tmp_path / "key"
+    key_file(path).store(KEK)
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(CannotCreateError, match="Input/output error"):
+        key_file(path).replace((keys.generate(), KEK))
+    assert os.listdir(tmp_path) == ["key"]
+    assert key_file(path).load_ring() == (KEK,)
+
+
+@posix_only
+def test_the_same_keys_are_not_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    key_file(path).store(KEK)
+    before = path.stat()
+    key_file(path).replace((KEK,))
+    assert path.stat() == before
+
+
+@posix_only
+def test_more_keys_than_are_allowed_replace_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    key_file(path).store(KEK)
+    with pytest.raises(ConfigError, match="more than 8 keys"):
+        key_file(path).replace((*ring_of(keys.MAX_RING), KEK))
+    assert key_file(path).load_ring() == (KEK,)
+
+
+@posix_only
+def test_only_keys_that_are_there_are_replaced(tmp_path: Path) -> None:
+    with pytest.raises(KeyMissingError):
+        key_file(tmp_path / "key").replace((KEK,))
+    assert os.listdir(tmp_path) == []
+    write(tmp_path / "key", "not a key", 0o600)
+    with pytest.raises(ConfigError, match="not a key of this program"):
+        key_file(tmp_path / "key").replace((KEK,))
+    assert (tmp_path / "key").read_text() == "not a key"
+    (tmp_path / "key").chmod(0o644)
+    with pytest.raises(InsecureKeyError):
+        key_file(tmp_path / "key").replace((KEK,))
+
+
+@posix_only
+def test_a_key_with_former_ones_behind_it_is_stored_already(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    old = keys.generate()
+    write(path, keys.encode_ring((KEK, old)))
+    key_file(path).store(KEK)
+    with pytest.raises(ConfigError, match="another key"):
+        key_file(path).store(old)
+    assert key_file(path).load_ring() == (KEK, old)
+
+
+@posix_only
+def test_what_this_program_cannot_write_is_not_replaced_and_the_remedy_is_named(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path / "secimg-watch.main", LINE)
+    printing = command(*python(f"print({LINE!r})"))
+    for provider, remedy in (
+        (credential(tmp_path), "systemd-creds encrypt"),
+        (printing, "store it where that reads"),
+        (keys.provider_for("none", NAME), "another key.provider"),
+    ):
+        with pytest.raises(ConfigError, match="cannot store") as caught:
+            provider.replace((keys.generate(), KEK))
+        assert remedy in caught.value.hint
+    for provider in (credential(tmp_path), printing):
+        provider.replace((KEK,))  # which is there already
+    assert (tmp_path / "secimg-watch.main").read_text() == LINE
+
+
+# No key at all.
+
+
+def test_a_write_only_vaults_provider_has_no_key_and_says_what_opens_the_vault() -> None:
+    provider = keys.provider_for("none", NAME)
+    assert provider.load_ring() == ()
+    assert "write-only" in provider.description
+    with pytest.raises(KeyMissingError, match="write-only") as caught:
+        provider.load()
+    assert "--identity" in caught.value.hint
+    with pytest.raises(ConfigError, match="cannot store"):
+        provider.store(KEK)
+
+
 # What every provider promises.
 
 
@@ -612,6 +832,7 @@ def every_provider(tmp_path: Path) -> Sequence[keys.KeyProvider]:
         key_file(tmp_path / "key"),
         command(*python("")),
         keys.provider_for("keyring", NAME, environ={}),
+        keys.provider_for("none", NAME),
     ]
 
 
@@ -637,8 +858,18 @@ def test_a_store_that_gives_something_else_back_is_not_believed(tmp_path: Path) 
                 raise KeyMissingError("nothing yet")
             return self.held
 
+        def load_ring(self) -> tuple[KeyEncryptionKey, ...]:
+            return (self.load(),)
+
+        def replace(self, ring: Sequence[KeyEncryptionKey]) -> None:
+            keys._replace(self, ring, lambda _line: setattr(self, "held", keys.generate()))
+
         def store(self, kek: KeyEncryptionKey) -> None:
             keys._store(self, kek, lambda _line: setattr(self, "held", keys.generate()))
 
     with pytest.raises(ConfigError, match="did not keep"):
         Forgetful().store(KEK)
+    store = Forgetful()
+    store.held = KEK
+    with pytest.raises(ConfigError, match="did not keep"):
+        store.replace([keys.generate(), KEK])

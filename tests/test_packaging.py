@@ -149,4 +149,11 @@ def test_commands_are_completed(tmp_path: Path) -> None:
         "COMP_CWORD": "2",
     }
     told = run(script, cwd=tmp_path, **environ)
-    assert told.stdout.split() == ["plain,list", "plain,restore", "plain,show", "plain,verify"]
+    assert told.stdout.split() == [
+        "plain,list",
+        "plain,reencrypt",
+        "plain,rekey",
+        "plain,restore",
+        "plain,show",
+        "plain,verify",
+    ]

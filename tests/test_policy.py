@@ -17,6 +17,13 @@ from secimg_watch.images import known_formats
 from secimg_watch.policy import FORMATS, After, Policy, load_policy, parse_policy
 from secimg_watch.policyfile import MAX_DEPTH, MAX_NODES, MAX_TEXT, dump, load
 from secimg_watch.quantities import Reserve
+from secimg_watch.recipients import (
+    format_identity,
+    format_recipient,
+    parse_identity,
+    recipient_of,
+)
+from secimg_watch.records import PrivateKey
 from secimg_watch.surroundings import check_paths
 
 HEAD = """\
@@ -25,6 +32,10 @@ state: /var/lib/secimg-watch
 vaults: {main: {path: /srv/vault}}
 """
 MINIMAL = HEAD + "folders: [{path: /srv/scans}]\n"
+# Always the same ones: they are part of the names of tests.
+IDENTITIES = [parse_identity(format_identity(PrivateKey(b"", bytes([n] * 32)))) for n in range(7)]
+PUBLIC = [format_recipient(recipient_of(each)) for each in IDENTITIES]
+PRIVATE = format_identity(IDENTITIES[0])
 
 no_root = pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may do everything"
@@ -62,6 +73,7 @@ def test_a_minimal_policy_has_the_documented_defaults() -> None:
             "command": None,
         },
         "recipients": [],
+        "recovery": "required",
         "folders": [
             {
                 "path": "/srv/scans",
@@ -161,6 +173,41 @@ def test_a_key_provider_is_given_what_it_needs(provider: str) -> None:
     assert (key.file, key.command) in {(Path("/k"), None), (None, ("a",))}
 
 
+def test_recipients_are_read_in_their_order_and_written_back() -> None:
+    text = MINIMAL + "recipients:\n" + "".join(f"  - {each}\n" for each in PUBLIC[:6])
+    policy = parse_policy(text, "p.yaml")
+    assert policy.recipients == tuple(recipient_of(each) for each in IDENTITIES[:6])
+    assert parse_policy(dump(policy.model_dump(mode="json")), "p.yaml") == policy
+
+
+def test_a_vault_without_a_key_needs_a_recipient_and_nothing_else() -> None:
+    head = f"{MINIMAL}key: {{provider: none}}\n"
+    for recipients in ("", "recipients: []\n", "recovery: declined\n"):
+        [fault] = faults_of(head + recipients)
+        assert fault.startswith("5:17: key.provider: with none, nobody could open")
+        assert fault.endswith('; add "recipients: [...]", or another provider')
+    policy = parse_policy(f"{head}recipients: [{PUBLIC[0]}]\n", "p.yaml")
+    assert (policy.key.provider, len(policy.recipients)) == ("none", 1)
+
+
+def test_a_private_key_in_a_policy_is_never_repeated() -> None:
+    tail = PRIVATE.partition(":")[2]
+    for text in (f"recipients: [{PRIVATE}]\n", f"recipients: [{PRIVATE.lower()}]\n"):
+        [fault] = faults_of(MINIMAL + text)
+        assert tail[:8].lower() not in fault.lower()
+
+
+def test_the_vaults_whose_plaintext_is_deleted_are_known() -> None:
+    text = HEAD.replace("}}", "}, b: {path: /b}, c: {path: /c}}") + (
+        "folders:\n"
+        "  - {path: /srv/1, vault: main, after: keep}\n"
+        "  - {path: /srv/2, vault: b, after: 'move:/srv/done'}\n"
+        "  - {path: /srv/3, vault: c}\n"
+        "  - {path: /srv/4, vault: c, after: keep}\n"
+    )
+    assert parse_policy(text, "p.yaml").deleting_vaults == {"c"}
+
+
 # -- one fault each, with its place --------------------------------------------------------------
 
 
@@ -219,7 +266,17 @@ def test_a_fault_in_a_folder_is_reported_where_it_is(lines: str, fault: str) -> 
         ("settle: 2s", '5:1: unknown key "settle"; "settle" belongs under folders'),
         ("path: /srv/x", '5:1: unknown key "path"; "path" belongs under vaults or folders'),
         ("log_names: 1", "5:12: log_names: must be true or false"),
-        ("recipients: [age1abc]", "5:13: recipients: not available in this version; remove the"),
+        ("recipients: 7", '5:13: recipients: must be a list of public keys; write "recipients: ['),
+        ("recipients: [age1abc]", "5:13: recipients: entry 1: this is not the text of a recipient"),
+        ("recipients: [[]]", "5:13: recipients: entry 1: this is not the text of a recipient's"),
+        (f"recipients: [{PUBLIC[0]}, {PUBLIC[0]}]", "5:13: recipients: entry 2 is there twice;"),
+        (f"recipients: [{PUBLIC[0]}, {PUBLIC[1][:-1]}]", "5:13: recipients: entry 2: this is not"),
+        (f"recipients: [{PRIVATE}]", "5:13: recipients: entry 1: this is a private key, and a"),
+        (f"recipients: [{', '.join(PUBLIC)}]", "5:13: recipients: must hold at most 6 public"),
+        ("recovery: decline", "5:11: recovery: must be one of required, declined; did you mean"),
+        ("recovery: false", "5:11: recovery: must be one of required, declined"),
+        ("key: {provider: none}", "5:17: key.provider: with none, nobody could open what is sea"),
+        ("key: {provider: none, file: /k}", "5:23: key.file: has no effect with the provider non"),
         ("verify: disk", "5:9: verify: must be one of device, cached"),
         ("workers: 0", "5:10: workers: must be auto, or a whole number from 1 to 64"),
         ("workers: true", "5:10: workers: must be auto, or a whole number from 1 to 64"),
@@ -688,7 +745,15 @@ TREES = st.recursive(
 )
 PARTS = st.sampled_from(
     [(), ("version",), ("state",), ("vaults",), ("vaults", "main"), ("vaults", "main", "path")]
-    + [("key",), ("recipients",), ("folders",), ("folders", 0), ("workers",), ("limits",)]
+    + [
+        ("key",),
+        ("recipients",),
+        ("recovery",),
+        ("folders",),
+        ("folders", 0),
+        ("workers",),
+        ("limits",),
+    ]
     + [("folders", 0, key) for key in ("path", "include", "formats", "settle", "after", "staging")]
     + [("key", key) for key in ("provider", "name", "file", "command")]
 )

@@ -12,6 +12,15 @@ from typing import TYPE_CHECKING
 import pytest
 from cli_runner import PATIENCE, Cli, check_complaint, contents, picture, wait_until
 
+from secimg_watch.policy import load_policy
+from secimg_watch.recipients import (
+    format_identity,
+    generate_identity,
+    identity_file,
+    parse_identity_file,
+    recipient_of,
+)
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -33,11 +42,12 @@ def test_it_makes_everything_that_is_needed_and_nothing_that_others_can_read(cli
     outcome = cli("quickstart", "--setup-only", "mine")
     assert outcome.code == 0
     made = cli.home / "mine"
-    names = {"policy.yaml", "drop", "vault", "state", "vault.key"}
+    names = {"policy.yaml", "drop", "vault", "state", "vault.key", "recovery.key"}
     assert {path.name for path in made.iterdir()} == names
     for path in (made, *made.iterdir()):
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
     assert stat.S_IMODE((made / "vault.key").stat().st_mode) == 0o400
+    assert stat.S_IMODE((made / "recovery.key").stat().st_mode) == 0o600
     assert cli("--policy", made / "policy.yaml", "check").code == 0
 
 
@@ -46,6 +56,56 @@ def test_without_a_keyring_it_says_so_and_warns_of_the_key_file(cli: Cli) -> Non
     assert "no keyring can be used here" in outcome.err
     assert f"warning: whoever reads {cli.home}/mine/vault.key" in outcome.err
     assert f"key     key file {cli.home}/mine/vault.key" in outcome.out
+
+
+def test_it_makes_a_recovery_key_that_counts_at_once_and_asks_to_move_it_away(cli: Cli) -> None:
+    outcome = cli("quickstart", "--setup-only", "mine")
+    made = cli.home / "mine"
+    [asked] = [line for line in outcome.err.splitlines() if "recovery.key" in line]
+    assert asked.startswith(f"move {made}/recovery.key off this machine")
+    [identity] = parse_identity_file((made / "recovery.key").read_text())
+    policy = load_policy(made / "policy.yaml")
+    assert (policy.recipients, policy.recovery) == ((recipient_of(identity),), "required")
+    rows = cli("--policy", made / "policy.yaml", "key", "list", "--json").json()["keys"]
+    assert [row["state"] for row in rows] == ["current", "confirmed"]
+    assert format_identity(identity) not in outcome.out + outcome.err
+
+
+def test_nothing_but_the_recovery_file_holds_the_private_key(cli: Cli) -> None:
+    policy = set_up(cli, "mine")
+    (policy.parent / "drop/a.png").write_bytes(picture())
+    assert cli("--policy", policy, "drain").code == 0
+    [identity] = parse_identity_file((policy.parent / "recovery.key").read_text())
+    text = format_identity(identity).encode()
+    holding = [
+        name
+        for name, data in contents(cli.home).items()
+        if identity.seed in data or text in data or text[-20:] in data
+    ]
+    assert holding == ["mine/recovery.key"]
+
+
+def test_once_the_recovery_key_is_moved_away_nobody_is_asked_again_and_all_goes_on(
+    cli: Cli,
+) -> None:
+    policy = set_up(cli, "mine")
+    (policy.parent / "recovery.key").rename(cli.home / "safe")
+    outcome = cli("quickstart", "--setup-only", "mine")
+    assert (outcome.code, "recovery.key" in outcome.err) == (0, False)
+    assert not (policy.parent / "recovery.key").exists()
+    (policy.parent / "drop/a.png").write_bytes(picture())
+    assert cli("--policy", policy, "drain").code == 0
+    told = cli("--policy", policy, "key", "recovery", "test", "--identity", "safe")
+    assert (told.code, told.out) == (0, "1 of 1 objects open with the recovery key\n")
+
+
+def test_a_recovery_key_of_a_start_that_was_broken_off_is_kept_and_used(cli: Cli) -> None:
+    (cli.home / "mine").mkdir()
+    identity = generate_identity()
+    (cli.home / "mine/recovery.key").write_text(identity_file(identity))
+    policy = set_up(cli, "mine")
+    assert load_policy(policy).recipients == (recipient_of(identity),)
+    assert (cli.home / "mine/recovery.key").read_text() == identity_file(identity)
 
 
 def test_without_a_directory_it_uses_one_of_its_own(cli: Cli) -> None:
@@ -93,7 +153,8 @@ def test_a_picture_dropped_in_comes_back_bit_for_bit(cli: Cli, name: str) -> Non
 
 def test_a_second_time_it_goes_on_with_what_is_there(cli: Cli) -> None:
     policy = set_up(cli, "mine")
-    kept = [policy, policy.parent / "vault.key", policy.parent / "vault/vault.json"]
+    names = ("vault.key", "recovery.key", "vault/vault.json")
+    kept = [policy, *(policy.parent / name for name in names)]
     before = [path.read_bytes() for path in kept]
     assert set_up(cli, "mine") == policy
     assert [path.read_bytes() for path in kept] == before

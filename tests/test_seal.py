@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from secimg_watch.slots import Lock
+    from secimg_watch.slots import Lock, Opener
 
 OBJECT = ObjectId("0123456789abcdef" * 2)
 VAULT = b"v" * 16
@@ -78,7 +78,7 @@ def written(sealed_object: seal.SealedObject) -> bytes:
     return out.getvalue()
 
 
-def read_all(data: bytes, locks: Sequence[Lock] = (KEK,)) -> tuple[Meta, bytes, bytes]:
+def read_all(data: bytes, locks: Sequence[Opener] = (KEK,)) -> tuple[Meta, bytes, bytes]:
     """Read everything there is to read."""
     opened = seal.open_object(io.BytesIO(data), locks)
     preview = opened.preview()

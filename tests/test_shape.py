@@ -35,6 +35,12 @@ DELETES: Final = {
     "vault.py:stage": "what an earlier process left under this object's temporary name",
     "vault.py:discard": "this process's temporary object",
     "vault.py:discard_temporaries": "an earlier process's temporary objects",
+    "vault.py:_write": "an object that could not be written whole",
+    "vault.py:replacing": "what an earlier process was about to replace objects with",
+    "vault.py:replace": "what was not fit to replace an object",
+    "vault.py:_unlink": "for those above",
+    "rekey.py:__init__": "the list of a run to other keys",
+    "rekey.py:finish": "the list of a run that is finished",
     "kernel.py:rename_noreplace": "the old one of two names of the same file",
     "restore.py:discard": "a restore's temporary file",
     "restore.py:_publish_over_placeholder": "a restore's own placeholder",
@@ -42,7 +48,7 @@ DELETES: Final = {
     "images.py:_replace_file": "a temporary file of the classic calls",
     "keys.py:_write": "a temporary key file",
 }
-DELETING: Final = frozenset({"unlink", "remove", "removedirs", "rmtree"})
+DELETING: Final = frozenset({"unlink", "remove", "removedirs", "rmtree", "_unlink"})
 
 LONGEST_FUNCTION: Final = 50
 LONGEST_MODULE: Final = 700

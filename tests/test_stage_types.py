@@ -16,7 +16,7 @@ from secimg_watch.claim import claim
 from secimg_watch.erase import Erasure, erase
 from secimg_watch.hold import hold
 from secimg_watch.records import (
-    Arrival, Claimed, Committed, Erased, Held, Inspected, Inspection, Job, KeyEncryptionKey, Proof,
+    Arrival, Claimed, Committed, Erased, Held, Inspected, Inspection, Job, KeySet, Proof,
     Sealed, Settled, Staged, Verified,
 )
 from secimg_watch.roots import Root
@@ -29,14 +29,14 @@ def beat() -> None: ...
 
 RIGHT_ORDER = """
 def whole_way(
-    job: Job, inspection: Inspection, root: Root, vault: Vault, key: KeyEncryptionKey
+    job: Job, inspection: Inspection, root: Root, vault: Vault, keys: KeySet
 ) -> Erased | Exception:
     with ExitStack() as hands:
         held = hold(job, root, hands)
         claimed = claim(Inspected(held, inspection), root, hands, move=True)
-        sealed = seal(claimed, key=key, vault_id=b"", beat=beat)
+        sealed = seal(claimed, keys=keys, vault_id=b"", beat=beat)
         staged = vault.stage(sealed)
-        verified = verify(staged, key=key, vault_id=b"", from_device=True, beat=beat)
+        verified = verify(staged, keys=keys, vault_id=b"", from_device=True, beat=beat)
         [committed] = commit([(vault, verified)])
         if isinstance(committed, Exception):
             return committed
@@ -54,15 +54,15 @@ SHORTCUTS = {
     "commit what is merely sealed": "commit([(vault, sealed)])",
     "commit a second time": "commit([(vault, committed)])",
     "verify what is merely sealed": (
-        "verify(sealed, key=key, vault_id=b'', from_device=True, beat=beat)"
+        "verify(sealed, keys=keys, vault_id=b'', from_device=True, beat=beat)"
     ),
     "verify what is merely claimed": (
-        "verify(claimed, key=key, vault_id=b'', from_device=True, beat=beat)"
+        "verify(claimed, keys=keys, vault_id=b'', from_device=True, beat=beat)"
     ),
     "stage what is merely claimed": "vault.stage(claimed)",
     "stage what is verified": "vault.stage(verified)",
-    "seal what is merely inspected": "seal(inspected, key=key, vault_id=b'', beat=beat)",
-    "seal what is merely in hand": "seal(held, key=key, vault_id=b'', beat=beat)",
+    "seal what is merely inspected": "seal(inspected, keys=keys, vault_id=b'', beat=beat)",
+    "seal what is merely in hand": "seal(held, keys=keys, vault_id=b'', beat=beat)",
     "claim what was not inspected": "claim(held, root, hands, move=True)",
     "claim a job": "claim(job, root, hands, move=True)",
     "take in hand what has no job": "hold(settled, root, hands)",
@@ -74,7 +74,7 @@ SHORTCUTS = {
 PARAMETERS = """
     arrival: Arrival, settled: Settled, job: Job, held: Held, inspected: Inspected,
     claimed: Claimed, sealed: Sealed, staged: Staged, verified: Verified, committed: Committed,
-    root: Root, hands: ExitStack, vault: Vault, key: KeyEncryptionKey,
+    root: Root, hands: ExitStack, vault: Vault, keys: KeySet,
 """
 
 

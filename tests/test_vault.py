@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -91,9 +92,7 @@ def sealed(desk: Desk, relpath: str = "a.jpg", content: bytes = PICTURE) -> Seal
 
 def pieces(given: Sealed, chunks: Iterator[memoryview], size: int | None = None) -> Sealed:
     """The same object, its bytes coming from elsewhere."""
-    return Sealed(
-        given.claimed, given.object_id, given.size if size is None else size, lambda: chunks
-    )
+    return replace(given, size=given.size if size is None else size, chunks=lambda: chunks)
 
 
 # -- the vault itself --------------------------------------------------------------------------

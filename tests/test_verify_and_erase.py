@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 from path_builders import (
     KEY,
+    KEYS,
     PICTURE,
     VAULT_ID,
     Desk,
@@ -29,7 +30,7 @@ from path_builders import (
 from secimg_watch.container import PREFIX_SIZE
 from secimg_watch.erase import erase
 from secimg_watch.errors import ChangedInHandError, KeyMismatchError, TamperedError
-from secimg_watch.records import Erased, KeyEncryptionKey, Staged
+from secimg_watch.records import Erased, KeyEncryptionKey, KeySet, Staged
 from secimg_watch.seal import PIECE, read_header
 from secimg_watch.sealing import seal
 from secimg_watch.selection import STAGING_NAME
@@ -86,7 +87,7 @@ def test_verifying_shows_signs_of_life_all_along(desk: Desk) -> None:
     staged = desk.staged(desk.job())
     verify(
         staged,
-        key=KEY,
+        keys=KEYS,
         vault_id=VAULT_ID,
         from_device=False,
         beat=lambda: beats.append(None),
@@ -155,7 +156,7 @@ def test_other_bytes_sealed_under_the_right_key_and_id_are_refused(desk: Desk) -
 def test_an_object_of_another_vault_is_refused(desk: Desk) -> None:
     desk.drop()
     claimed = desk.claimed(desk.job())
-    staged = desk.vault.stage(seal(claimed, key=KEY, vault_id=b"w" * 16, beat=lambda: None))
+    staged = desk.vault.stage(seal(claimed, keys=KEYS, vault_id=b"w" * 16, beat=lambda: None))
     with pytest.raises(TamperedError, match="another vault"):
         desk.verify(staged)
 
@@ -172,8 +173,9 @@ def test_an_object_that_the_stored_key_does_not_open_is_refused(
 ) -> None:
     desk.drop()
     staged = desk.staged(desk.job())
+    keys = KeySet((stored,))
     with pytest.raises(refusal):
-        verify(staged, key=stored, vault_id=VAULT_ID, from_device=True, beat=lambda: None)
+        verify(staged, keys=keys, vault_id=VAULT_ID, from_device=True, beat=lambda: None)
 
 
 def test_a_preview_that_does_not_open_is_refused(desk: Desk) -> None:

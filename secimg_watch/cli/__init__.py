@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from secimg_watch import __version__
-from secimg_watch.cli import oneoff, running, setup, terminal, vaults
+from secimg_watch.cli import keys, oneoff, rekeying, running, setup, terminal, vaults
 from secimg_watch.cli.app import PATH, App
 from secimg_watch.errors import UsageError
 
@@ -45,11 +45,14 @@ for command in (
     running.why,
     running.jobs,
     vaults.vault,
-    setup.key,
+    keys.key,
     oneoff.encrypt,
     oneoff.decrypt,
 ):
     cli.add_command(command)
+
+for command in (rekeying.vault_rekey, rekeying.vault_reencrypt):
+    vaults.vault.add_command(command)
 
 _ABORTED = 130  # as a shell reports a program that SIGINT ended
 

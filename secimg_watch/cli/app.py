@@ -24,12 +24,23 @@ from secimg_watch.errors import (
 )
 from secimg_watch.names import display
 from secimg_watch.policy import Policy, load_policy
+from secimg_watch.quantities import Reserve
+from secimg_watch.recipients import (
+    IDENTITY_FILE_LIMIT,
+    IDENTITY_PREFIX,
+    RECIPIENT_PREFIX,
+    parse_identity,
+    parse_identity_file,
+    parse_recipient,
+)
 from secimg_watch.service import key_provider, open_vaults
+from secimg_watch.vault import Vault
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from secimg_watch.records import KeyEncryptionKey
+    from secimg_watch.records import KeyEncryptionKey, PrivateKey, Recipient
+    from secimg_watch.slots import Opener
 
 PATH = click.Path(path_type=Path, readable=False)
 """A path as an option or argument. Whether it can be read is found out by reading it: click's
@@ -49,6 +60,7 @@ class App:
     policy_path: Path | None = None
     json: bool = False
     verbose: int = 0
+    identity: Path | None = None
 
     def policy(self) -> Policy:
         """Load the policy that is named, or the first one that is there.
@@ -70,24 +82,125 @@ class App:
         for place in places:
             if place.exists():
                 return place
+        hint = "name one with --policy, or make one with: secimg-watch init"
+        if self.identity is not None:
+            hint = "without one, name the vault by a path with a slash in it: --vault ./vault"
         raise NoInputError(
-            f"there is no policy: looked for {' and '.join(map(str, places))}",
-            hint="name one with --policy, or make one with: secimg-watch init",
+            f"there is no policy: looked for {' and '.join(map(str, places))}", hint=hint
         )
 
-    def key(self, policy: Policy) -> KeyEncryptionKey:
-        """The key that the policy names."""
-        return key_provider(policy).load()
+    def ring(self, policy: Policy) -> tuple[KeyEncryptionKey, ...]:
+        """The keys that the policy names, the current one first.
 
-    def catalogs(self, policy: Policy, name: str | None) -> dict[str, Catalog]:
-        """The vaults of the policy, or the one of that name, opened for reading."""
+        Raises:
+            KeyMissingError: there is none, also where the policy has none.
+        """
+        provider = key_provider(policy)
+        return provider.load_ring() or (provider.load(),)
+
+    def identities(self) -> tuple[PrivateKey, ...]:
+        """The private keys of ``--identity``; none where it was not given.
+
+        Raises:
+            NoInputError, NotAllowedError: the file cannot be read.
+            UsageError: there is no private key in it.
+        """
+        if self.identity is None:
+            return ()
+        if str(self.identity) != "-":
+            return read_identities(self.identity)
+        if not sys.stdin.isatty():  # another program hands it over
+            text = sys.stdin.buffer.read(IDENTITY_FILE_LIMIT + 1)
+            return _parsed_identities(text, "standard input")
+        typed: str = click.prompt("Private key", hide_input=True, err=True)
+        return (parse_identity(typed),)
+
+    def vaults(self, policy: Policy, name: str | None) -> dict[str, Vault]:
+        """The vaults of the policy, or the one of that name."""
         vaults = open_vaults(policy)
-        if name is not None:
-            if name not in vaults:
-                raise UsageError(f"the policy has no vault {name}: {', '.join(vaults)}")
-            vaults = {name: vaults[name]}
-        key = self.key(policy)
-        return {each: Catalog(vault, key) for each, vault in vaults.items()}
+        if name is None:
+            return vaults
+        if name not in vaults:
+            raise UsageError(f"the policy has no vault {name}: {', '.join(vaults)}")
+        return {name: vaults[name]}
+
+    def catalogs(self, name: str | None) -> dict[str, Catalog]:
+        """The vaults of the policy, or the one of that name, opened for reading.
+
+        With ``--identity`` a vault may be named by its path, and then no policy is needed.
+        """
+        openers: Sequence[Opener] = self.identities()
+        if name is not None and names_path(name):
+            if not openers:
+                raise UsageError(
+                    "a vault that is named by its path is opened with a private key",
+                    hint="give --identity FILE",
+                )
+            return {name: Catalog(Vault(Path(name), Reserve(0.0, 0)), openers)}
+        policy = self.policy()
+        vaults = self.vaults(policy, name)
+        openers = openers or self.ring(policy)
+        return {each: Catalog(vault, openers) for each, vault in vaults.items()}
+
+
+def read_identities(path: Path) -> tuple[PrivateKey, ...]:
+    """Read a file of private keys.
+
+    Raises:
+        NoInputError, NotAllowedError: it cannot be read.
+        UsageError: there is no private key in it.
+    """
+    _refuse_private(str(path))
+    try:
+        with open(path, "rb") as file:
+            text = file.read(IDENTITY_FILE_LIMIT + 1)
+    except PermissionError:
+        raise NotAllowedError(f"{path} cannot be read: permission denied") from None
+    except OSError as error:
+        raise NoInputError(f"{path} cannot be read: {error.strerror}") from error
+    return _parsed_identities(text, str(path))
+
+
+def _parsed_identities(text: bytes, source: str) -> tuple[PrivateKey, ...]:
+    if len(text) > IDENTITY_FILE_LIMIT or not text.isascii():
+        raise UsageError(f"{source} is not a file of private keys")
+    try:
+        return parse_identity_file(text.decode("ascii"))
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}", hint=error.hint) from error
+
+
+def _refuse_private(argument: str) -> None:
+    # Not repeated in the message, which may end in a log.
+    if argument.upper().startswith(IDENTITY_PREFIX):
+        raise UsageError(
+            "a private key does not belong on a command line, where others can see it",
+            hint="put it into a file and name that",
+        )
+
+
+def read_recipient(text: str) -> Recipient:
+    """Read a public key, or the first one in a file.
+
+    Raises:
+        NoInputError: it is neither.
+        UsageError: it is damaged, or a private key.
+    """
+    _refuse_private(text)
+    if not text.startswith(RECIPIENT_PREFIX):
+        try:
+            lines = Path(text).read_text("ascii").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise NoInputError(f"{text} is neither a public key nor a file with one") from error
+        # In an identity file the public key is a comment.
+        lines = [line.removeprefix("# ") for line in lines]
+        text = next((line for line in lines if line.startswith(RECIPIENT_PREFIX)), "")
+    return parse_recipient(text)
+
+
+def names_path(name: str) -> bool:
+    """Whether ``--vault`` was given a path; the names in a policy have no slash."""
+    return os.sep in name
 
 
 def user_policy() -> Path:
@@ -112,6 +225,23 @@ def with_json(command: Callable[P, R]) -> Callable[P, R]:
     return option(command)
 
 
+def with_identity(command: Callable[P, R]) -> Callable[P, R]:
+    """Let a command open objects with a recipient's private key."""
+
+    def remember(context: click.Context, _option: click.Parameter, value: Path | None) -> None:
+        context.find_object(App).identity = value  # type: ignore[union-attr]  # made by the group
+
+    option = click.option(
+        "--identity",
+        type=PATH,
+        metavar="FILE",
+        expose_value=False,
+        callback=remember,
+        help="Open with the private key in FILE, e.g. the recovery key; - asks for it.",
+    )
+    return option(command)
+
+
 def guarded(command: Callable[P, int | None]) -> Callable[P, NoReturn]:
     """Turn a command's errors into messages, and its result into the exit code."""
 
@@ -125,7 +255,7 @@ def guarded(command: Callable[P, int | None]) -> Callable[P, NoReturn]:
                 traceback.print_exc()
             terminal.complain(error)
             sys.exit(error.exit_code)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, click.Abort):
             sys.exit(_SIGINT_EXIT)
         except BrokenPipeError:
             # Whoever read our output has seen enough; the interpreter must not try to flush.

@@ -14,7 +14,7 @@ import click
 
 from secimg_watch import __version__, kernel
 from secimg_watch.cli import terminal
-from secimg_watch.cli.app import PATH, App, guarded, pass_app
+from secimg_watch.cli.app import PATH, App, guarded, pass_app, read_recipient, with_identity
 from secimg_watch.container import Meta
 from secimg_watch.errors import NoInputError, NotAllowedError, StorageError, UsageError
 from secimg_watch.inspector import Inspector, Limits
@@ -27,6 +27,8 @@ from secimg_watch.vault import SUFFIX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from secimg_watch.slots import Lock, Opener
 
 _NO_VAULT = bytes(16)  # the vault id of an object that belongs to none
 _PASSWORD_MAX = 4096
@@ -51,23 +53,37 @@ _output = click.option("-o", "--output", type=PATH, help="File to write.")
     show_default=True,
     help="How the key is derived from the password.",
 )
+@click.option(
+    "--recipient",
+    "recipients",
+    multiple=True,
+    metavar="KEY|FILE",
+    help="Seal to this public key, or the one in FILE, instead of a password (repeatable).",
+)
 @pass_app
 @guarded
 def encrypt(
-    _app: App, file: Path, output: Path | None, password_file: Path | None, kdf: str
+    _app: App,
+    file: Path,
+    output: Path | None,
+    password_file: Path | None,
+    kdf: str,
+    recipients: tuple[str, ...],
 ) -> None:
     """Seal one file with a password, into FILE.simg. The file itself stays."""
     target = output or file.with_name(file.name + SUFFIX)
     with _picture(file) as fd:
-        secret = _password(password_file, confirm=True)
-        lock = Password(secret, kdf="pbkdf2" if kdf == "pbkdf2" else "argon2id")
+        locks: list[Lock] = [read_recipient(each) for each in recipients]
+        if password_file is not None or not locks:
+            secret = _password(password_file, confirm=True)
+            locks.append(Password(secret, kdf="pbkdf2" if kdf == "pbkdf2" else "argon2id"))
         status = os.fstat(fd)
         with Inspector(Limits()) as inspector:
             inspection = inspector.inspect(fd, size=status.st_size, preview=0, decode=False)
         sealed = seal_object(
             object_id=ObjectId(os.urandom(16).hex()),
             vault_id=_NO_VAULT,
-            locks=[lock],
+            locks=locks,
             meta=_meta(file, status, inspection),
             preview=b"",
             read=reader(fd),
@@ -148,13 +164,16 @@ def _password(file: Path | None, *, confirm: bool) -> bytes:
 @click.argument("file", type=PATH)
 @_output
 @_password_file
+@with_identity
 @pass_app
 @guarded
-def decrypt(_app: App, file: Path, output: Path | None, password_file: Path | None) -> None:
+def decrypt(app: App, file: Path, output: Path | None, password_file: Path | None) -> None:
     """Open one sealed file with its password; by default under its old name, beside it."""
     with _picture(file) as fd, open(fd, "rb", buffering=0, closefd=False) as stream:
-        secret = _password(password_file, confirm=False)
-        opened = open_object(stream, [Password(secret)])
+        openers: list[Opener] = [*app.identities()]
+        if password_file is not None or not openers:
+            openers.append(Password(_password(password_file, confirm=False)))
+        opened = open_object(stream, openers)
         beside = output or file
         name = os.fsencode(output.name) if output else opened.meta.name
         with _directory(beside) as place, place.place(b"", name) as written:

@@ -317,7 +317,7 @@ def why(app: App, path: str) -> None:
             absolute,
             policy,
             queue,
-            lambda folder, relpath: _find_sealed(app, policy, folder, relpath),
+            lambda folder, relpath: _find_sealed(app, folder, relpath),
         )
     if app.json:
         terminal.emit({"path": display(path), **asdict(answer)})
@@ -325,8 +325,8 @@ def why(app: App, path: str) -> None:
         terminal.say(f"{answer.verdict}: {answer.reason}")
 
 
-def _find_sealed(app: App, policy: Policy, folder: str, relpath: str) -> ObjectId | None:
-    for catalog in app.catalogs(policy, None).values():
+def _find_sealed(app: App, folder: str, relpath: str) -> ObjectId | None:
+    for catalog in app.catalogs(None).values():
         found = catalog.sealed_as(folder, relpath)
         if found is not None:
             return found

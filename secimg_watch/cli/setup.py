@@ -1,4 +1,4 @@
-"""Commands that set things up: ``quickstart``, ``init``, ``check``, ``key``."""
+"""Commands that set things up: ``quickstart``, ``init``, ``check``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from secimg_watch.cli.app import (
     App,
     guarded,
     pass_app,
+    read_identities,
+    read_recipient,
     start_log,
     user_policy,
     with_json,
 )
+from secimg_watch.cli.keys import ensure_key, hand_over
 from secimg_watch.cli.running import Daemon
 from secimg_watch.errors import (
     CannotCreateError,
@@ -30,18 +33,22 @@ from secimg_watch.errors import (
     KeyMissingError,
     KeyUnavailableError,
     PolicyError,
-    SecimgError,
     UsageError,
 )
-from secimg_watch.gate import admit_key
+from secimg_watch.gate import admit_keys, confirm_recovery
 from secimg_watch.policy import load_policy, parse_policy
 from secimg_watch.quantities import format_duration
+from secimg_watch.recipients import (
+    format_recipient,
+    generate_identity,
+    recipient_of,
+)
 from secimg_watch.service import key_provider, open_vaults
 from secimg_watch.surroundings import check_paths
 
 if TYPE_CHECKING:
     from secimg_watch.policy import Policy
-    from secimg_watch.records import KeyEncryptionKey
+    from secimg_watch.records import Recipient
 
 # -- quickstart and init -------------------------------------------------------------------------
 
@@ -58,12 +65,13 @@ def quickstart(app: App, directory: Path, *, setup_only: bool) -> None:
     """
     directory = _absolute(directory)
     path = directory / "policy.yaml"
-    if not path.exists():
-        _make_quickstart(directory, path)
+    made = None if path.exists() else _make_quickstart(directory, path)
     policy = load_policy(path)
     provider = key_provider(policy)
     for vault in open_vaults(policy).values():
-        admit_key(vault, provider.load())
+        admit_keys(vault, provider.load_ring())
+        if made is not None:
+            confirm_recovery(vault, made)
     _tell_next_steps(directory, path, provider)
     if not setup_only:
         start_log(app.verbose)
@@ -71,10 +79,11 @@ def quickstart(app: App, directory: Path, *, setup_only: bool) -> None:
             Daemon(path, policy, show).run()
 
 
-def _make_quickstart(directory: Path, path: Path) -> None:
+def _make_quickstart(directory: Path, path: Path) -> Recipient:
     _make_directory(directory)
     for name in ("drop", "vault", "state"):
         _make_directory(directory / name)
+    recovery = _quickstart_recovery(directory / "recovery.key")
     key = _quickstart_key(directory)
     _write_policy(
         path,
@@ -83,9 +92,19 @@ def _make_quickstart(directory: Path, path: Path) -> None:
             "state": str(directory / "state"),
             "vaults": {"main": {"path": str(directory / "vault")}},
             "key": key,
+            "recipients": [format_recipient(recovery)],
             "folders": [{"path": str(directory / "drop"), "vault": "main"}],
         },
     )
+    return recovery
+
+
+def _quickstart_recovery(file: Path) -> Recipient:
+    if file.exists():  # of a start that was broken off
+        return recipient_of(read_identities(file)[0])
+    identity = generate_identity()
+    hand_over(identity, file)
+    return recipient_of(identity)
 
 
 def _quickstart_key(directory: Path) -> dict[str, str]:
@@ -109,6 +128,9 @@ def _tell_next_steps(directory: Path, path: Path, provider: keys.KeyProvider) ->
     terminal.say(f"key     {provider.description}")
     if provider.warning:
         terminal.note(f"warning: {provider.warning}")
+    recovery = directory / "recovery.key"
+    if recovery.exists():
+        terminal.note(f"move {_quoted(recovery)} off this machine: it opens the vault by itself")
     command = _command()
     terminal.say("next:")
     terminal.say(f"  1. copy pictures into {_quoted(directory / 'drop')}")
@@ -136,12 +158,25 @@ def _quoted(path: Path) -> str:
 @click.option("--state", help="Where queue and status are kept.")
 @click.option(
     "--provider",
-    type=click.Choice(["auto", "keyring", "credential", "command", "file"]),
+    type=click.Choice(["auto", "keyring", "credential", "command", "file", "none"]),
     default="auto",
     show_default=True,
     help="Where the key is kept.",
 )
 @click.option("--key-file", help="The file, with --provider file.")
+@click.option(
+    "--recovery",
+    metavar="FILE",
+    help="Make a recovery key and write its private part to FILE; - prints it once.",
+)
+@click.option("--no-recovery", is_flag=True, help="Decline: the key is all there is.")
+@click.option(
+    "--recipient",
+    "recipients",
+    multiple=True,
+    metavar="KEY|FILE",
+    help="A public key that is there already, or a file with it (repeatable).",
+)
 @click.option("--output", type=PATH, help="The policy file to write.")
 @pass_app
 @guarded
@@ -152,9 +187,15 @@ def init(
     state: str | None,
     provider: str,
     key_file: str | None,
+    recovery: str | None,
+    recipients: tuple[str, ...],
     output: Path | None,
+    *,
+    no_recovery: bool,
 ) -> None:
     """Make a policy and a key, step by step. What is not given is asked for."""
+    if no_recovery and recovery:
+        raise UsageError("--recovery and --no-recovery exclude each other")
     path = _absolute(output or app.policy_path or _default_policy())
     if path.exists():
         raise CannotCreateError(f"{path} exists already", hint="edit it, or name another --output")
@@ -162,15 +203,50 @@ def init(
     data["key"] = {"provider": provider}
     if provider == "file":
         data["key"]["file"] = str(_absolute(Path(key_file or _ask("Key file", "--key-file"))))
+    known = [read_recipient(each) for each in recipients]
+    if not known and not no_recovery:
+        recovery = recovery or _ask_recovery()
+    if no_recovery or recovery == _NO_RECOVERY:
+        data["recovery"], recovery = "declined", None
+    _write_init(path, data, known, recovery)
+
+
+_NO_RECOVERY = "no recovery"
+
+
+def _ask_recovery() -> str:
+    what = f"File for the recovery key (- prints it, '{_NO_RECOVERY}' declines)"
+    return _ask(what, "--recovery FILE or --no-recovery")
+
+
+def _write_init(
+    path: Path, data: dict[str, Any], known: list[Recipient], recovery: str | None
+) -> None:
+    # Before a key is made that belongs to nothing; with no recipient yet, 'none' would be a fault.
+    parse_policy(policyfile.dump(data | {"key": {"provider": "auto"}}), str(path))
+    identity = None
+    if recovery is not None:
+        identity = generate_identity()
+        known.append(recipient_of(identity))
+    if known:
+        data["recipients"] = [format_recipient(each) for each in known]
     policy = parse_policy(policyfile.dump(data), str(path))
     _make_directory(path.parent)
     for directory in (*(f.path for f in policy.folders), policy.state):
         _make_directory(directory)
-    created = _ensure_key(policy)
+    created = ensure_key(policy)
+    if identity is not None:
+        hand_over(identity, None if recovery == "-" else _absolute(Path(recovery or "")))
     _write_policy(path, data)
     terminal.say(f"policy  {path}")
     terminal.say(f"key     {key_provider(policy).description} ({created})")
-    terminal.say(f"next:   {_command()} --policy {_quoted(path)} run")
+    command = f"{_command()} --policy {_quoted(path)}"
+    if known:
+        shown = "FILE" if recovery is None else shlex.quote(recovery)
+        terminal.say(f"next:   {command} key recovery confirm --identity {shown}")
+        terminal.say(f"then:   {command} run")
+    else:
+        terminal.say(f"next:   {command} run")
 
 
 def _default_policy() -> Path:
@@ -262,6 +338,12 @@ def check(app: App) -> int:
 def _explain_policy(path: Path, policy: Policy) -> None:
     terminal.say(f"{path}: the policy is valid")
     terminal.say(f"key: {key_provider(policy).description}")
+    for recipient in policy.recipients:
+        terminal.say(f"recipient: {recipient.key_id.hex()} can open every new object")
+    if policy.recovery == "declined":
+        terminal.say("recovery: declined; plaintext is deleted without a proven recovery key")
+    elif policy.deleting_vaults:
+        terminal.say("recovery: plaintext is deleted only with a confirmed recovery key")
     for folder in policy.folders:
         vault = policy.vaults[folder.vault].path
         depth = "with its sub-folders" if folder.recursive else "without its sub-folders"
@@ -274,80 +356,3 @@ def _explain_policy(path: Path, policy: Policy) -> None:
             f"  no image: {folder.not_image}; undecodable image: {folder.undecodable};"
             f" preview: {folder.preview} px"
         )
-
-
-# -- keys ----------------------------------------------------------------------------------------
-
-
-@click.group()
-def key() -> None:
-    """Make and list keys."""
-
-
-@key.command("init")
-@pass_app
-@guarded
-def key_init(app: App) -> None:
-    """Make a key, store it where the policy says, read it back, and give it to new vaults."""
-    policy = app.policy()
-    created = _ensure_key(policy)
-    provider = key_provider(policy)
-    terminal.say(f"{created}: {provider.description}")
-    if provider.warning:
-        terminal.note(f"warning: {provider.warning}")
-
-
-def _ensure_key(policy: Policy) -> str:
-    """Load the policy's key or make one, and admit it to every vault; what was done."""
-    provider = key_provider(policy)
-    created = "key exists already"
-    try:
-        loaded = provider.load()
-    except KeyMissingError:
-        loaded = _new_key(provider, policy)
-        created = "key made"
-    for vault in open_vaults(policy).values():
-        admit_key(vault, loaded)
-    return created
-
-
-def _new_key(provider: keys.KeyProvider, policy: Policy) -> KeyEncryptionKey:
-    # A new key is of no use to a vault that was made with another one.
-    for vault in open_vaults(policy).values():
-        if vault.exists():
-            ids = ", ".join(key_id.hex()[:8] for key_id in vault.info().checks)
-            raise KeyMissingError(
-                f"vault {vault.path} was made with key {ids}, which is not stored here",
-                hint="bring that key back; a new one could not open what is in the vault",
-            )
-    provider.store(keys.generate())
-    return provider.load()
-
-
-@key.command("list")
-@with_json
-@pass_app
-@guarded
-def key_list(app: App) -> None:
-    """List the keys that the vaults know, and whether they are at hand."""
-    policy = app.policy()
-    provider = key_provider(policy)
-    try:
-        at_hand = provider.load().key_id
-        state = "at hand"
-    except SecimgError as error:
-        at_hand, state = b"", str(error)
-    rows = [
-        {"key": key_id.hex(), "vault": name, "at_hand": key_id == at_hand}
-        for name, vault in open_vaults(policy).items()
-        if vault.exists()
-        for key_id in vault.info().checks
-    ]
-    if app.json:
-        terminal.emit({"provider": provider.description, "state": state, "keys": rows})
-        return
-    terminal.say(f"{provider.description}: {state}")
-    terminal.table(
-        ("key", "vault", "at hand"),
-        ((r["key"], r["vault"], "yes" if r["at_hand"] else "no") for r in rows),
-    )

@@ -14,7 +14,15 @@ import click
 
 from secimg_watch.catalog import Catalog, Entry, collision_name
 from secimg_watch.cli import terminal
-from secimg_watch.cli.app import PATH, App, guarded, pass_app, with_json
+from secimg_watch.cli.app import (
+    PATH,
+    App,
+    guarded,
+    names_path,
+    pass_app,
+    with_identity,
+    with_json,
+)
 from secimg_watch.errors import CannotCreateError, NoInputError, SecimgError, UsageError
 from secimg_watch.names import display
 from secimg_watch.quantities import format_size
@@ -23,10 +31,14 @@ from secimg_watch.restore import Destination
 
 if TYPE_CHECKING:
     from secimg_watch.container import Meta
-    from secimg_watch.policy import Policy
     from secimg_watch.records import ObjectId
 
-_VAULT = click.option("--vault", "vault_name", metavar="NAME", help="Only this vault.")
+_VAULT = click.option(
+    "--vault",
+    "vault_name",
+    metavar="NAME",
+    help="Only this vault. With --identity also the path of one, and no policy is needed.",
+)
 
 
 @click.group()
@@ -61,6 +73,7 @@ class _Filter:
 @click.option("--format", "image_format", help="Only this format, e.g. JPEG.")
 @click.option("--since", type=click.DateTime(), help="Only sealed at this time or later.")
 @click.option("--until", type=click.DateTime(), help="Only sealed before this time.")
+@with_identity
 @with_json
 @pass_app
 @guarded
@@ -75,7 +88,7 @@ def vault_list(
 ) -> int:
     """List the sealed pictures. Only headers are read, never the pictures themselves."""
     wanted = _Filter(name, folder, image_format, since, until)
-    entries = [e for c in app.catalogs(app.policy(), vault_name).values() for e in c.entries()]
+    entries = [e for c in app.catalogs(vault_name).values() for e in c.entries()]
     good = [e for e in entries if e.meta is not None and wanted.takes(e.meta)]
     good.sort(key=lambda e: e.meta.ingested_ns if e.meta else 0)
     bad = [e for e in entries if e.meta is None]
@@ -139,6 +152,7 @@ def _fields(entry: Entry) -> dict[str, object]:
     help="Write the preview to this file.",
 )
 @_VAULT
+@with_identity
 @with_json
 @pass_app
 @guarded
@@ -164,7 +178,7 @@ def _write_preview(data: bytes, path: Path) -> None:
 
 
 def _find(app: App, object_id: str, vault_name: str | None) -> tuple[Catalog, ObjectId]:
-    catalogs = app.catalogs(app.policy(), vault_name)
+    catalogs = app.catalogs(vault_name)
     for catalog in catalogs.values():
         try:
             return catalog, catalog.find(object_id)
@@ -181,6 +195,7 @@ def _find(app: App, object_id: str, vault_name: str | None) -> tuple[Catalog, Ob
 @click.option("--to", "target", required=True, type=PATH, metavar="DIR")
 @click.option("--as", "name", help="Restore one picture under this name, directly in DIR.")
 @_VAULT
+@with_identity
 @with_json
 @pass_app
 @guarded
@@ -198,10 +213,9 @@ def vault_restore(
         raise UsageError("name the objects to restore, or give --all")
     if name is not None and len(object_ids) != 1:
         raise UsageError("--as goes with exactly one object")
-    policy = app.policy()
-    _refuse_protected(policy, target)
+    _refuse_protected(app, vault_name, target)
     if everything:
-        catalogs = app.catalogs(policy, vault_name).values()
+        catalogs = app.catalogs(vault_name).values()
         chosen = [(c, object_id) for c in catalogs for object_id in c.ids()]
     else:
         chosen = [_find(app, each, vault_name) for each in object_ids]
@@ -213,19 +227,23 @@ def vault_restore(
     return 1 if errors else 0
 
 
-def _refuse_protected(policy: Policy, target: Path) -> None:
+def _refuse_protected(app: App, vault_name: str | None, target: Path) -> None:
     into = Path(os.path.realpath(target))
-    for folder in policy.folders:
-        if into.is_relative_to(os.path.realpath(folder.path)):
+    vaults = [Path(vault_name)] if vault_name is not None and names_path(vault_name) else []
+    if not vaults:
+        policy = app.policy()
+        vaults = [vault.path for vault in policy.vaults.values()]
+        for folder in policy.folders:
+            if into.is_relative_to(os.path.realpath(folder.path)):
+                raise UsageError(
+                    f"{target} lies in the watched folder {folder.path}:"
+                    " what is restored there would be sealed again",
+                    hint="choose another --to DIR",
+                )
+    for vault in vaults:
+        if into.is_relative_to(os.path.realpath(vault)):
             raise UsageError(
-                f"{target} lies in the watched folder {folder.path}:"
-                " what is restored there would be sealed again",
-                hint="choose another --to DIR",
-            )
-    for vault in policy.vaults.values():
-        if into.is_relative_to(os.path.realpath(vault.path)):
-            raise UsageError(
-                f"{target} lies in the vault {vault.path}, where nothing lies in clear",
+                f"{target} lies in the vault {vault}, where nothing lies in clear",
                 hint="choose another --to DIR",
             )
 
@@ -286,6 +304,7 @@ def _tell_restored(
 
 @vault.command("verify")
 @_VAULT
+@with_identity
 @with_json
 @pass_app
 @guarded
@@ -293,7 +312,7 @@ def vault_verify(app: App, vault_name: str | None) -> int:
     """Read and authenticate every object whole."""
     chosen = [
         (catalog, object_id)
-        for catalog in app.catalogs(app.policy(), vault_name).values()
+        for catalog in app.catalogs(vault_name).values()
         for object_id in catalog.ids()
     ]
     errors: dict[ObjectId, SecimgError] = {}
