@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from secimg_watch.keys import KeyProvider
     from secimg_watch.policy import Policy
-    from secimg_watch.records import Job
+    from secimg_watch.records import FileKey, Job, ObjectId
     from secimg_watch.roots import Root
     from secimg_watch.vault import VaultInfo
     from secimg_watch.watcher import Watcher
@@ -103,6 +103,7 @@ class Service:
         self._abandon_at: float | None = None
         self._key_ready = threading.Event()
         self._keys: KeySet | None = None
+        self._file_keys: dict[ObjectId, FileKey] = {}
         self._key_state = "not looked for yet"
         self._absent: dict[str, str] = {}
         self._paused: dict[FolderKey, _Pause] = {}
@@ -255,6 +256,8 @@ class Service:
     def _start_inspector(self) -> None:
         try:
             self.inspector.start()
+            if self._stopping.is_set():  # it may have been closed before it was started
+                self.inspector.close()
         except StorageError as error:
             log.error("%s; pictures are sealed without being inspected", error)
 
@@ -353,6 +356,7 @@ class Service:
             from_device=self.policy.verify == "device",
             max_attempts=self.policy.limits.attempts,
             beat=functools.partial(self._beat, worker),
+            file_keys=self._file_keys,
         )
 
     def _finish(self, worker: _Worker) -> None:

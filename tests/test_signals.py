@@ -190,3 +190,22 @@ def test_a_drain_beside_a_running_service_is_refused(site: Site) -> None:
     drained = subprocess.run(command, capture_output=True, text=True, check=False)
     assert drained.returncode == 75
     assert "another secimg-watch" in drained.stderr
+
+
+FLOOD = """
+import os, signal, subprocess, sys
+from secimg_watch.cli.running import _Signals
+
+signals = _Signals()
+code = "import os, sys\\nfor _ in range(30_000): os.kill(int(sys.argv[1]), int(sys.argv[2]))"
+sender = subprocess.Popen(
+    [sys.executable, "-c", code, str(os.getpid()), str(int(signal.SIGUSR1))]
+)
+while sender.poll() is None:
+    signals.wait(0.001)
+assert signals.rescan
+"""
+
+
+def test_signals_that_meet_each_others_handlers_do_not_wait_for_themselves() -> None:
+    subprocess.run([sys.executable, "-c", FLOOD], check=True, timeout=60)

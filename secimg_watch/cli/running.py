@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import signal
-import threading
 import time
 from dataclasses import asdict
 from datetime import datetime
@@ -48,10 +48,16 @@ _POLL: Final = 0.02
 
 
 class _Signals:
-    """Signal handlers that only set flags, and the one event that wakes the main loop."""
+    """Signal handlers that only set flags, and the pipe that wakes the main loop.
+
+    A handler runs in the middle of whatever the main thread does, other handlers included, so it
+    takes no lock: a threading.Event has one, and would wait for itself.
+    """
 
     def __init__(self) -> None:
-        self.wake = threading.Event()
+        self._woken, self._waker = os.pipe()
+        for end in (self._woken, self._waker):
+            os.set_blocking(end, False)
         self.stop = False
         self.reload = False
         self.rescan = False
@@ -64,7 +70,13 @@ class _Signals:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         setattr(self, self._flags[signal.Signals(number)], True)
-        self.wake.set()
+        with contextlib.suppress(BlockingIOError):  # full: it wakes as it is
+            os.write(self._waker, b"\0")
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until a signal comes, or one has come since the last call."""
+        if select.select([self._woken], [], [], seconds)[0]:
+            os.read(self._woken, 65_536)
 
 
 class Daemon:
@@ -110,8 +122,7 @@ class Daemon:
         self._write_status(running=True)
 
     def _turn(self) -> None:
-        self._signals.wake.wait(_TICK)
-        self._signals.wake.clear()
+        self._signals.wait(_TICK)
         if self._signals.reload:
             self._signals.reload = False
             self._reload()
