@@ -287,7 +287,17 @@ class Keyring(_Provider):
             _ask_helper(self.backend, (self.service, self.username, line))
 
     def replace(self, ring: Sequence[KeyEncryptionKey]) -> None:
-        """Change the item, as `KeyProvider.replace`."""
+        """Change the item, as `KeyProvider.replace`.
+
+        Raises:
+            ConfigError: the keyring is that of macOS, whose backend deletes an item before it
+                adds the new one: a failure between the two would lose every key.
+        """
+        if self.backend == _SYSTEM_BACKENDS["darwin"]:
+            raise ConfigError(
+                f"{self.description} cannot be changed at once or not at all",
+                hint="lay its line into a file, and name that in a temporary policy: provider file",
+            )
         _replace(self, ring, self._write_over)
 
     def _write_over(self, line: str) -> None:
@@ -470,8 +480,8 @@ class File(_Provider):
         # A link never replaces: of two keys stored at once, the first stays.
         temporary = self.path.with_name(f".{secrets.token_hex(16)}.part")
         try:
-            write_private(temporary, line, like=self.path)
             try:
+                write_private(temporary, line, like=self.path)
                 publish(temporary, self.path)
             finally:
                 with contextlib.suppress(FileNotFoundError):

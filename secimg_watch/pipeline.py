@@ -15,7 +15,7 @@ import contextlib
 import errno
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from secimg_watch.claim import claim, remove_marker, rename_claim, set_aside
@@ -48,10 +48,12 @@ if TYPE_CHECKING:
         Claimed,
         Committed,
         Erased,
+        FileKey,
         FolderKey,
         Held,
         Job,
         KeySet,
+        ObjectId,
         Staged,
         Verified,
     )
@@ -110,6 +112,8 @@ class Pipeline:
     from_device: bool
     max_attempts: int
     beat: Callable[[], None]
+    file_keys: dict[ObjectId, FileKey] = field(default_factory=dict, repr=False)
+    """In a write-only vault: of objects that were verified, and whose plaintext is not gone."""
 
     def process(self, job: Job, place: Place) -> Task | None:
         """Take one job up to its verified object; ``None`` where it ends before that.
@@ -171,7 +175,8 @@ class Pipeline:
         return Inspected(held, inspection)
 
     def _seal_and_verify(self, claimed: Claimed, place: Place) -> Verified | None:
-        found = place.vault.find(claimed)
+        file_key = self.file_keys.get(claimed.inspected.held.job.object_id)
+        found = place.vault.find(claimed, file_key)
         if found is not None:
             return self._verify_found(found, place)
         sealed = seal(claimed, keys=self.keys, vault_id=place.vault_id, beat=self.beat)  # (4)
@@ -202,6 +207,7 @@ class Pipeline:
         except (TamperedError, KeyMismatchError) as error:
             job = staged.claimed.inspected.held.job
             log.warning("object %s is there and proves nothing: %s", job.object_id, error)
+            self.file_keys.pop(job.object_id, None)
             new_id = new_object_id()
             if not staged.claimed.in_place:
                 rename_claim(place.root, job.object_id, new_id)
@@ -217,12 +223,19 @@ class Pipeline:
         with ExitStack() as hands:
             for task in tasks:
                 hands.push(task.hands)
+                self._remember(task.verified.staged)
             committed = self._sort_out(tasks, commit([_vaulted(t) for t in tasks]), faults)  # (7)
             self._note_in_place(committed)
             gone = erase([_erasure(task, done) for task, done in committed])  # (8)
             finished = [task for task, _ in committed]
             self._record(self._sort_out(finished, gone, faults))  # (9)
         return faults
+
+    def _remember(self, staged: Staged) -> None:
+        # Where the plaintext cannot be deleted now, the object is verified once more before that
+        # is tried again; without its key it would be sealed anew, each time.
+        if staged.file_key is not None and not self.keys.ring:
+            self.file_keys[staged.object_id] = staged.file_key
 
     def _sort_out(
         self,
@@ -252,6 +265,7 @@ class Pipeline:
         gone = []
         for task, each in erased:
             job = task.job
+            self.file_keys.pop(job.object_id, None)
             if each.refusal:
                 reason = f"sealed, but the plaintext cannot be deleted: {each.refusal}"
                 log.error("folder %s: object %s: %s", job.folder, job.object_id, reason)
@@ -299,10 +313,12 @@ class Pipeline:
             self._drop(job, place, "changed")
 
     def _drop(self, job: Job, place: Place, counted_as: str) -> None:
+        self.file_keys.pop(job.object_id, None)
         self.jobs.drop(job, counted_as)
         place.reconsider(job.relpath)  # only now: an arrival with a row would not be queued
 
     def _quarantine(self, job: Job, held: Held | None, place: Place, reason: str) -> None:
+        self.file_keys.pop(job.object_id, None)
         moved = False
         with contextlib.suppress(OSError):
             moved = set_aside(job, held, place.root)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from secimg_watch.quantities import Reserve
+    from secimg_watch.records import FileKey
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -272,14 +273,15 @@ class Vault:
             with self._guard:
                 self._in_flight -= size
 
-    def find(self, claimed: Claimed) -> Staged | None:
-        """The object of a claimed file that an earlier process committed, as merely staged.
+    def find(self, claimed: Claimed, file_key: FileKey | None = None) -> Staged | None:
+        """The object of a claimed file that was committed earlier, as merely staged.
 
-        It counts for nothing until it was verified anew.
+        It counts for nothing until it was verified anew. ``file_key`` is its own, where this
+        very process committed it and still knows that.
         """
         object_id = claimed.inspected.held.job.object_id
         path = self.object_path(object_id)
-        return Staged(claimed, object_id, path) if path.exists() else None
+        return Staged(claimed, object_id, path, file_key) if path.exists() else None
 
     def rename(self, verified: Verified) -> Path:
         """Give a verified object its final name, which it may have already.
@@ -400,14 +402,24 @@ class Vault:
 
         Raises:
             NoInputError: there is no vault.
+            StorageError: not all of it can be listed.
         """
-        if not (self.path / "objects").is_dir():
+        objects = self.path / "objects"
+        if not objects.is_dir():
             raise NoInputError(f"there is no vault in {self.path}")
-        return sorted(
-            ObjectId(path.stem)
-            for path in self.path.glob(f"objects/??/*{SUFFIX}")
-            if is_object_id(path.stem)
-        )
+        names: list[str] = []
+        # Not by a pattern: that would pass over what may not be read, and a key that is needed
+        # there would count as one that nothing needs.
+        for number in range(256):
+            try:
+                names += os.listdir(objects / f"{number:02x}")
+            except FileNotFoundError:
+                continue  # a backup may have left it out
+            except OSError as error:
+                message = f"{error.filename} cannot be listed: {error.strerror}"
+                raise StorageError(message) from error
+        stems = (name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX))
+        return sorted(ObjectId(stem) for stem in stems if is_object_id(stem))
 
 
 def commit(batch: Sequence[tuple[Vault, Verified]]) -> list[Committed | Exception]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import os
 import re
 import select
@@ -873,3 +874,20 @@ def test_a_store_that_gives_something_else_back_is_not_believed(tmp_path: Path) 
     store.held = KEK
     with pytest.raises(ConfigError, match="did not keep"):
         store.replace([keys.generate(), KEK])
+
+
+def test_a_key_that_could_not_be_written_whole_leaves_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = keys.File(tmp_path / "vault.key")
+    file.store(keys.generate())
+    before = file.path.read_bytes()
+
+    def full(_fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CannotCreateError):
+        file.replace((keys.generate(), *file.load_ring()))
+    assert [path.name for path in tmp_path.iterdir()] == ["vault.key"]
+    assert file.path.read_bytes() == before

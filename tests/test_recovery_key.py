@@ -292,6 +292,15 @@ def test_a_private_key_on_the_command_line_is_64_and_not_repeated(
         assert text.partition(":")[2][:8] not in outcome.out + outcome.err
 
 
+def test_a_private_key_is_no_name_for_the_file_of_another_one(box: Box) -> None:
+    text = format_identity(generate_identity())
+    before = contents(box.cli.home)
+    outcome = box("key", "recovery", "make", "--output", text)
+    check_complaint(outcome, 64)
+    assert text.partition(":")[2][:8] not in outcome.out + outcome.err
+    assert contents(box.cli.home) == before
+
+
 # -- typed in ------------------------------------------------------------------------------------
 
 

@@ -324,6 +324,19 @@ def test_no_key_is_retired_while_an_object_does_not_say_what_it_needs(box: Box) 
     assert len(ring(box)) == 2
 
 
+def test_no_key_is_retired_while_not_all_objects_can_be_listed(box: Box) -> None:
+    rotated(box)
+    former = ring(box)[1]
+    [object_id] = filled(box, 1, former)
+    before = ring(box)
+    shard = box.vault / "objects" / object_id[:2]
+    shard.rename(box.directory / "elsewhere")
+    shard.touch()  # what may not be read is told by another word, but only where this is not root
+    for words in (["key", "retire", former.key_id.hex()], ["vault", "verify"], ["vault", "rekey"]):
+        assert "cannot be listed" in check_complaint(box(*words), 74)
+    assert ring(box) == before
+
+
 def test_a_key_that_this_program_cannot_remove_is_left_to_who_can(box: Box) -> None:
     rotated(box)
     filled(box, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -197,12 +198,16 @@ def test_nothing_is_deleted_before_a_recipient_is_confirmed(tmp_path: Path) -> N
     assert box.objects() == []
 
 
-def test_the_vault_can_be_confirmed_before_it_is_there(tmp_path: Path) -> None:
-    box = Box(tmp_path)
-    write_policy(box)
+def test_no_vault_is_made_by_confirming_where_its_disk_is_not_mounted(
+    box: Box, tmp_path: Path
+) -> None:
+    box.vault.rename(tmp_path / "unmounted")
+    box.vault.mkdir()
     told = box("key", "recovery", "confirm", "--identity", identity_of(tmp_path))
-    assert told.code == 0
-    assert box("drain").code == 0
+    check_complaint(told, 66)
+    assert "key init" in told.err
+    assert contents(box.vault) == {}
+    assert box("drain").code == 75
 
 
 @pytest.mark.parametrize("recipients", [None, []])
@@ -449,6 +454,23 @@ def test_one_crash_makes_one_more_object_and_the_next_process_none(
     for _ in range(3):
         NewProcess(desk, jobs).work()
     assert len(desk.vault.object_ids()) == 2
+
+
+def test_a_plaintext_that_cannot_be_deleted_for_a_while_costs_no_second_object(
+    desk: WriteOnlyDesk, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = in_hand(desk, jobs)
+    process = NewProcess(desk, jobs)
+    stale = OSError(errno.ESTALE, "stale")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "erase", lambda batch: [stale for _ in batch])
+        for _ in range(5):
+            [(_, fault)] = process.pipeline.finish(process.verified())
+            assert "stale" in str(fault)
+    assert plaintexts(desk) == [PICTURE]
+    process.work()
+    assert desk.vault.object_ids() == [job.object_id]
+    assert (plaintexts(desk), jobs.rows(), process.pipeline.file_keys) == ([], [], {})
 
 
 def test_where_plaintext_is_kept_a_crash_costs_no_more_than_a_second_object(

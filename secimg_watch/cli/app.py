@@ -150,7 +150,7 @@ def read_identities(path: Path) -> tuple[PrivateKey, ...]:
         NoInputError, NotAllowedError: it cannot be read.
         UsageError: there is no private key in it.
     """
-    _refuse_private(str(path))
+    refuse_private(str(path))
     try:
         with open(path, "rb") as file:
             text = file.read(IDENTITY_FILE_LIMIT + 1)
@@ -170,9 +170,13 @@ def _parsed_identities(text: bytes, source: str) -> tuple[PrivateKey, ...]:
         raise UsageError(f"{source}: {error}", hint=error.hint) from error
 
 
-def _refuse_private(argument: str) -> None:
-    # Not repeated in the message, which may end in a log.
-    if argument.upper().startswith(IDENTITY_PREFIX):
+def refuse_private(argument: str) -> None:
+    """Refuse a private key where a file or a public key belongs.
+
+    Raises:
+        UsageError: it is one; it is not repeated in the message, which may end in a log.
+    """
+    if argument.strip().upper().startswith(IDENTITY_PREFIX):
         raise UsageError(
             "a private key does not belong on a command line, where others can see it",
             hint="put it into a file and name that",
@@ -186,7 +190,7 @@ def read_recipient(text: str) -> Recipient:
         NoInputError: it is neither.
         UsageError: it is damaged, or a private key.
     """
-    _refuse_private(text)
+    refuse_private(text)
     if not text.startswith(RECIPIENT_PREFIX):
         try:
             lines = Path(text).read_text("ascii").splitlines()

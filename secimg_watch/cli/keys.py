@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from secimg_watch import keys
+from secimg_watch import kernel, keys
 from secimg_watch.catalog import Catalog
 from secimg_watch.cli import terminal
-from secimg_watch.cli.app import PATH, App, guarded, pass_app, with_identity, with_json
+from secimg_watch.cli.app import (
+    PATH,
+    App,
+    guarded,
+    pass_app,
+    refuse_private,
+    with_identity,
+    with_json,
+)
 from secimg_watch.errors import (
     CannotCreateError,
     ConfigError,
@@ -214,7 +222,10 @@ def key_rotate(app: App) -> None:
 @pass_app
 @guarded
 def key_retire(app: App, key_id: str) -> None:
-    """Forget a former key that no object needs any more. The service must be stopped."""
+    """Forget a former key that no object needs any more. The service must be stopped.
+
+    Only the vaults of this policy are asked: keep a copy where another one may need the key.
+    """
     policy = app.policy()
     provider = key_provider(policy)
     _refuse_unwritable(provider)
@@ -237,11 +248,14 @@ def key_retire(app: App, key_id: str) -> None:
         for vault in vaults:
             forget_key(vault, retired)
         provider.replace(tuple(each for each in ring if each.key_id != retired))
-    terminal.say(f"key {retired.hex()} is retired; backups of older objects still need it")
+    terminal.say(
+        f"key {retired.hex()} is retired; backups of older objects, and vaults"
+        " that are not in this policy, may still need it"
+    )
 
 
 def _all_vaults(policy: Policy) -> list[Vault]:
-    # All of them: one whose disk is not mounted would miss the new key, or the former one.
+    # All of them, and none is made: one whose disk is not mounted would miss what is changed.
     vaults = list(open_vaults(policy).values())
     for vault in vaults:
         vault.info()
@@ -322,17 +336,20 @@ def hand_over(identity: PrivateKey, path: Path | None) -> None:
 
     Raises:
         CannotCreateError: the file exists already, or cannot be written.
+        UsageError: the file's name is a private key.
     """
     if path is None:
         terminal.say("the private key; it is shown this once and kept nowhere:")
         terminal.say(format_identity(identity))
         return
+    refuse_private(path.name)
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(fd, "w", encoding="ascii") as file:
             file.write(identity_file(identity))
             file.flush()
             os.fsync(fd)
+        kernel.sync_path(path.parent)
     except FileExistsError:
         raise CannotCreateError(
             f"{path} exists already", hint="it may be the only key of a vault: name another file"
@@ -355,9 +372,7 @@ def recovery_confirm(app: App) -> None:
             "that private key is not one of the policy's recipients",
             hint="put its public key under 'recipients': secimg-watch key recovery make tells how",
         )
-    for vault in open_vaults(policy).values():
-        if not vault.exists():
-            admit_keys(vault, key_provider(policy).load_ring())
+    for vault in _all_vaults(policy):
         for recipient in shown:
             confirm_recovery(vault, recipient)
     for recipient in shown:

@@ -65,13 +65,14 @@ def quickstart(app: App, directory: Path, *, setup_only: bool) -> None:
     """
     directory = _absolute(directory)
     path = directory / "policy.yaml"
-    made = None if path.exists() else _make_quickstart(directory, path)
+    if not path.exists():
+        _make_quickstart(directory, path)
     policy = load_policy(path)
     provider = key_provider(policy)
     for vault in open_vaults(policy).values():
         admit_keys(vault, provider.load_ring())
-        if made is not None:
-            confirm_recovery(vault, made)
+        for recipient in _shown_recovery(directory / "recovery.key", policy):
+            confirm_recovery(vault, recipient)
     _tell_next_steps(directory, path, provider)
     if not setup_only:
         start_log(app.verbose)
@@ -79,7 +80,13 @@ def quickstart(app: App, directory: Path, *, setup_only: bool) -> None:
             Daemon(path, policy, show).run()
 
 
-def _make_quickstart(directory: Path, path: Path) -> Recipient:
+def _shown_recovery(file: Path, policy: Policy) -> list[Recipient]:
+    """The policy's recipients whose private key lies where quickstart has put it."""
+    shown = {each.key_id for each in read_identities(file)} if file.exists() else set()
+    return [each for each in policy.recipients if each.key_id in shown]
+
+
+def _make_quickstart(directory: Path, path: Path) -> None:
     _make_directory(directory)
     for name in ("drop", "vault", "state"):
         _make_directory(directory / name)
@@ -96,7 +103,6 @@ def _make_quickstart(directory: Path, path: Path) -> Recipient:
             "folders": [{"path": str(directory / "drop"), "vault": "main"}],
         },
     )
-    return recovery
 
 
 def _quickstart_recovery(file: Path) -> Recipient:
