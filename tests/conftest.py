@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -16,6 +17,12 @@ from daemon import Site
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than there are processors: some always wait for the service."""
+    return (os.cpu_count() or 1) + 1
+
 
 _OURS = ("folder ", "worker ", "finisher")
 _GRACE = 5.0  # seconds that a thread may take to end after it was told to
