@@ -110,6 +110,15 @@ def read_at(fd: int, buffer: memoryview, offset: int) -> int:
     return count
 
 
+def wake_pipe() -> tuple[int, int]:
+    """Open a pipe, to be read and to be written, of which neither end ever blocks."""
+    ends = os.pipe()
+    if sys.platform != "win32":
+        for end in ends:
+            os.set_blocking(end, False)
+    return ends
+
+
 def copy_from(source: int, start: int, target: int) -> None:
     """Append a file's bytes from ``start`` on to another one, within the kernel where it can.
 

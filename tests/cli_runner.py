@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 PATIENCE = 60.0
 """Seconds that anything here may take on a busy machine; nothing waits so long on purpose."""
 
+UNINSPECTED = {"preview": 0, "not_image": "encrypt", "undecodable": "encrypt"}
+"""A folder of which no decoder is asked anything: what is tested seldom needs its half second."""
+
+INSPECTED = {"preview": 256, "not_image": "leave"}
+"""The policy's own defaults."""
+
 HOSTILE = "a\n\x1b[31mred\u202eevil"
 """A name that starts a new line, colours the terminal and turns text around."""
 
@@ -188,7 +194,7 @@ class Box:
             "state": str(self.state),
             "vaults": {"main": {"path": str(self.vault), "min_free": "0B"}},
             "key": {"provider": "file", "file": str(self.key)},
-            "folders": [{"path": str(self.drop), "settle": "0s", **folder}],
+            "folders": [{"path": str(self.drop), "settle": "0s", **UNINSPECTED, **folder}],
             "verify": "cached",
             "recovery": "declined",
             **(more or {}),

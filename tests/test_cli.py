@@ -10,7 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_runner import HOSTILE, PATIENCE, Box, Cli, check_complaint, check_harmless, make_box
+from cli_runner import (
+    HOSTILE,
+    INSPECTED,
+    PATIENCE,
+    Box,
+    Cli,
+    check_complaint,
+    check_harmless,
+    make_box,
+)
 
 from secimg_watch import __version__
 
@@ -32,7 +41,7 @@ def cli(tmp_path: Path) -> Cli:
 
 @pytest.fixture
 def box(tmp_path: Path) -> Box:
-    return make_box(tmp_path)
+    return make_box(tmp_path, **INSPECTED)
 
 
 def test_the_version_is_that_of_the_package(cli: Cli) -> None:

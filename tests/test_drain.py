@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from cli_runner import Box, check_complaint, contents, make_box, picture, wait_until
+from cli_runner import INSPECTED, Box, check_complaint, contents, make_box, picture, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +22,7 @@ FIELDS = {
 
 @pytest.fixture
 def box(tmp_path: Path) -> Box:
-    return make_box(tmp_path)
+    return make_box(tmp_path, **INSPECTED)
 
 
 def test_an_empty_folder_is_0(box: Box) -> None:

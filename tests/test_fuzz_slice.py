@@ -46,7 +46,7 @@ GUIDED_SECONDS: Final = 20
 SEEDS: Final = {name: sorted(target.seeds()) for name, target in TARGETS.items()}
 
 hundreds = settings(
-    max_examples=300,
+    max_examples=150,
     deadline=None,
     derandomize=True,
     database=None,
@@ -146,7 +146,7 @@ def test_two_readers_agree_on_what_is_sealed_in_earnest(parts: Parts, choice: in
     fuzz_container.check_agreement(data)
 
 
-@settings(hundreds, max_examples=150)
+@settings(hundreds, max_examples=80)
 @given(st.integers(0, 2**64), st.sampled_from(["header", "meta", "object"]))
 def test_no_input_makes_a_reader_allocate_beyond_the_caps(seed: int, name: str) -> None:
     rng = Random(seed)

@@ -7,7 +7,16 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from cli_runner import HOSTILE, Box, check_complaint, check_harmless, contents, make_box, picture
+from cli_runner import (
+    HOSTILE,
+    INSPECTED,
+    Box,
+    check_complaint,
+    check_harmless,
+    contents,
+    make_box,
+    picture,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,7 +46,7 @@ def listed(box: Box, *words: str) -> dict[str, dict[str, object]]:
 
 
 def test_a_queue_that_is_not_there_yet_is_an_empty_one(tmp_path: Path) -> None:
-    box = make_box(tmp_path)
+    box = make_box(tmp_path, **INSPECTED)
     assert box("jobs", "list", "--json").json() == []
     assert box("jobs", "quarantine", "--json").json() == []
     assert box("jobs", "retry", "--all").out == "0 queued again\n"
@@ -127,7 +136,7 @@ def test_an_empty_object_id_does_not_stand_for_all(box: Box) -> None:
 
 
 def test_a_file_that_was_left_can_be_looked_at_again(tmp_path: Path) -> None:
-    box = make_box(tmp_path)
+    box = make_box(tmp_path, **INSPECTED)
     (box.drop / "a.txt").write_text("left where it is")
     assert box("drain").code == 0
     [row] = listed(box, "list").values()
@@ -149,7 +158,7 @@ def test_a_kept_picture_cannot_be_retried(tmp_path: Path) -> None:
 
 
 def test_hostile_names_are_shown_escaped(tmp_path: Path) -> None:
-    box = make_box(tmp_path)
+    box = make_box(tmp_path, **INSPECTED)
     (box.drop / HOSTILE).write_bytes(b"no picture")
     (box.drop / os.fsdecode(b"latin-\xe9")).write_bytes(b"no picture")
     assert box("drain").code == 0

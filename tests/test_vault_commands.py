@@ -10,7 +10,16 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from cli_runner import HOSTILE, Box, check_complaint, check_harmless, contents, make_box, picture
+from cli_runner import (
+    HOSTILE,
+    INSPECTED,
+    Box,
+    check_complaint,
+    check_harmless,
+    contents,
+    make_box,
+    picture,
+)
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -35,7 +44,7 @@ FIELDS = {
 @pytest.fixture(scope="module")
 def sealed(tmp_path_factory: pytest.TempPathFactory) -> Box:
     """A box whose pictures are sealed. Never changed: see `box` for one that may be."""
-    box = make_box(tmp_path_factory.mktemp("sealed"))
+    box = make_box(tmp_path_factory.mktemp("sealed"), **INSPECTED)
     drop(box, PICTURES)
     return box
 

@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from cli_runner import HOSTILE, PATIENCE, Box, check_harmless, make_box, picture
+from cli_runner import HOSTILE, INSPECTED, PATIENCE, Box, check_harmless, make_box, picture
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +31,9 @@ with open(sys.argv[1], "wb") as file:
 
 @pytest.fixture
 def box(tmp_path: Path) -> Box:
-    return make_box(tmp_path, exclude=["private/*"], include=["*.png", "*.txt", "*.part"])
+    return make_box(
+        tmp_path, **INSPECTED, exclude=["private/*"], include=["*.png", "*.txt", "*.part"]
+    )
 
 
 @pytest.fixture
@@ -215,7 +217,7 @@ def test_a_relative_path_and_a_linked_folder_lead_to_the_same_answer(
 
 def test_a_folder_that_the_policy_names_by_a_link_is_known_by_both_names(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("drop")
-    box = make_box(tmp_path, path=str(tmp_path / "link"))
+    box = make_box(tmp_path, path=str(tmp_path / "link"), **INSPECTED)
     (box.drop / "a.txt").write_text("no picture")
     assert box("drain").code == 0
     for folder in ("link", "drop"):

@@ -55,9 +55,7 @@ class _Signals:
     """
 
     def __init__(self) -> None:
-        self._woken, self._waker = os.pipe()
-        for end in (self._woken, self._waker):
-            os.set_blocking(end, False)
+        self._woken, self._waker = kernel.wake_pipe()
         self.stop = False
         self.reload = False
         self.rescan = False
