@@ -2,7 +2,8 @@
 
 An object is replaced as a whole, atomically, and only after what replaces it was synced, read
 back and opened: whenever the process dies, every object is there and opens with the old keys or
-with the new ones. Done twice, both change nothing more.
+with the new ones. New slots given twice change nothing more; a finished re-encryption is begun
+anew by the next one.
 """
 
 from __future__ import annotations

@@ -380,11 +380,10 @@ def recovery_confirm(app: App) -> None:
 
 
 def _asked_identities(app: App) -> tuple[PrivateKey, ...]:
-    return app.identities() or _refuse_without()
-
-
-def _refuse_without() -> tuple[PrivateKey, ...]:
-    raise UsageError("there is no private key", hint="give --identity FILE, or - to type it in")
+    identities = app.identities()
+    if not identities:
+        raise UsageError("there is no private key", hint="give --identity FILE, or - to type it in")
+    return identities
 
 
 @recovery.command("test")
