@@ -20,15 +20,31 @@ import sys
 from dataclasses import dataclass
 from typing import Final
 
+from secimg_watch.seccomp import (
+    ALLOW,
+    AND,
+    ARCHITECTURE,
+    ARGUMENTS,
+    AUDIT_ARCHITECTURE,
+    IF_EQUAL,
+    KILL_PROCESS,
+    LOAD,
+    NUMBER,
+    REFUSE,
+    RETURN,
+    install,
+    libc,
+    operation,
+    prctl,
+)
+
 if sys.platform == "linux":
     import resource
 
-# <linux/prctl.h>, <linux/seccomp.h>
+# <linux/prctl.h>
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
-_PR_SET_SECCOMP: Final = 22
 _PR_SET_NO_NEW_PRIVS: Final = 38
-_SECCOMP_MODE_FILTER: Final = 2
 
 # <linux/landlock.h>. The system call numbers are the same on every machine.
 _CREATE_RULESET: Final = 444
@@ -40,19 +56,6 @@ _NET_ABI: Final = 4
 _SCOPE_ABI: Final = 6
 # Number of rights to the file system, all of them low bits, that came with each ABI version.
 _FILE_RIGHTS: Final = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
-
-# <linux/filter.h>, <linux/seccomp.h>
-_LOAD: Final = 0x20  # BPF_LD | BPF_W | BPF_ABS
-_IF_EQUAL: Final = 0x15  # BPF_JMP | BPF_JEQ | BPF_K
-_AND: Final = 0x54  # BPF_ALU | BPF_AND | BPF_K
-_RETURN: Final = 0x06  # BPF_RET | BPF_K
-_ALLOW: Final = 0x7FFF0000
-_KILL_PROCESS: Final = 0x80000000
-_REFUSE: Final = 0x00050000  # the error's number goes into the low half
-# Offsets in struct seccomp_data; an argument's low half comes first on both machines.
-_NUMBER: Final = 0
-_ARCHITECTURE: Final = 4
-_ARGUMENTS: Final = 16
 
 # Condition on an argument: which one, and what is left of it under a mask.
 _NOT_EXECUTABLE: Final = (2, 4, 0)  # PROT_EXEC
@@ -95,10 +98,10 @@ _ZYGOTE_AARCH64: Final = {
 }  # fmt: skip
 
 
-# The AUDIT_ARCH_* value of <linux/audit.h>, and the tables above.
+# The tables above, by machine.
 _MACHINES: Final = {
-    "x86_64": (0xC000003E, _WORKER_X86_64, _ZYGOTE_X86_64),
-    "aarch64": (0xC00000B7, _WORKER_AARCH64, _ZYGOTE_AARCH64),
+    "x86_64": (_WORKER_X86_64, _ZYGOTE_X86_64),
+    "aarch64": (_WORKER_AARCH64, _ZYGOTE_AARCH64),
 }
 
 
@@ -136,7 +139,7 @@ def confine_worker(*, memory: int, seconds: int) -> tuple[str, ...]:
     """
     _protect()
     if sys.platform == "linux":
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     filters = _filters()
     landlock = _landlock()
     # After Landlock, which needs a descriptor, and before seccomp, which forbids the calls.
@@ -154,7 +157,8 @@ def _filters() -> _Filters | None:
     tables = _MACHINES.get(platform.machine()) if sys.maxsize > 1 << 32 else None
     if tables is None:
         return None
-    audit, worker, zygote = tables
+    worker, zygote = tables
+    audit = AUDIT_ARCHITECTURE[platform.machine()]
     return _Filters(
         _filter(audit, worker, _THREAD_ONLY), _filter(audit, worker | zygote, _NO_NAMESPACE)
     )
@@ -162,25 +166,15 @@ def _filters() -> _Filters | None:
 
 def _protect() -> None:
     """Give up privileges of set-uid programs, and keep debuggers and core dumps away."""
-    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    _prctl(_PR_SET_DUMPABLE, 0)
-
-
-def _prctl(option: int, *values: int) -> bool:
-    padded = [ctypes.c_ulong(value) for value in (*values, 0, 0, 0, 0)[:4]]
-    return bool(_libc().prctl(option, *padded) == 0)
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
+    prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    prctl(_PR_SET_DUMPABLE, 0)
 
 
 def _landlock() -> tuple[str, ...]:
     """Deny every right that this kernel's Landlock knows. No rule follows, so nothing is left."""
-    libc = _libc()
-    libc.syscall.restype = ctypes.c_long
-    abi = libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _CREATE_RULESET_VERSION)
+    library = libc()
+    library.syscall.restype = ctypes.c_long
+    abi = library.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _CREATE_RULESET_VERSION)
     if abi < 1:
         return ()
     rights = (1 << _FILE_RIGHTS.get(abi, max(_FILE_RIGHTS.values()))) - 1
@@ -190,11 +184,11 @@ def _landlock() -> tuple[str, ...]:
     if abi >= _SCOPE_ABI:
         fields.append(_SCOPES)
     attributes = struct.pack(f"={len(fields)}Q", *fields)
-    ruleset = libc.syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
+    ruleset = library.syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
     if ruleset < 0:
         return ()
     try:
-        done = libc.syscall(_RESTRICT_SELF, ruleset, 0) == 0
+        done = library.syscall(_RESTRICT_SELF, ruleset, 0) == 0
     finally:
         os.close(ruleset)
     return (f"landlock-abi{abi}",) if done else ()
@@ -220,16 +214,8 @@ def _limit_resources(memory: int, seconds: int, *, threads: bool) -> tuple[str, 
     return ("rlimits",)
 
 
-class _Program(ctypes.Structure):
-    """``struct sock_fprog``."""
-
-    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
-
-
 def _seccomp(code: bytes) -> tuple[str, ...]:
-    program = _Program(len(code) // 8, code)
-    pointer = ctypes.addressof(program)
-    return ("seccomp",) if _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, pointer) else ()
+    return ("seccomp",) if install(code) else ()
 
 
 def _filter(audit: int, calls: dict[str, int], clone: tuple[int, int, int]) -> bytes:
@@ -238,23 +224,19 @@ def _filter(audit: int, calls: dict[str, int], clone: tuple[int, int, int]) -> b
     The language is classic BPF (Documentation/userspace-api/seccomp_filter.rst of the kernel).
     """
     conditions = {"mmap": _NOT_EXECUTABLE, "mprotect": _NOT_EXECUTABLE, "clone": clone}
-    code = _operation(_LOAD, _ARCHITECTURE)
+    code = operation(LOAD, ARCHITECTURE)
     # Numbers mean other calls under another architecture's entry point.
-    code += _operation(_IF_EQUAL, audit, 1, 0) + _operation(_RETURN, _KILL_PROCESS)
-    code += _operation(_LOAD, _NUMBER)
+    code += operation(IF_EQUAL, audit, 1, 0) + operation(RETURN, KILL_PROCESS)
+    code += operation(LOAD, NUMBER)
     # The C library takes ENOSYS for an old kernel, and uses clone instead.
-    code += _operation(_IF_EQUAL, _CLONE3, 0, 1) + _operation(_RETURN, _REFUSE | errno.ENOSYS)
+    code += operation(IF_EQUAL, _CLONE3, 0, 1) + operation(RETURN, REFUSE | errno.ENOSYS)
     for name, number in calls.items():
         if name in conditions:
             argument, mask, wanted = conditions[name]
-            code += _operation(_IF_EQUAL, number, 0, 5)
-            code += _operation(_LOAD, _ARGUMENTS + 8 * argument) + _operation(_AND, mask)
-            code += _operation(_IF_EQUAL, wanted, 1, 0) + _operation(_RETURN, _REFUSE | errno.EPERM)
+            code += operation(IF_EQUAL, number, 0, 5)
+            code += operation(LOAD, ARGUMENTS + 8 * argument) + operation(AND, mask)
+            code += operation(IF_EQUAL, wanted, 1, 0) + operation(RETURN, REFUSE | errno.EPERM)
         else:
-            code += _operation(_IF_EQUAL, number, 0, 1)
-        code += _operation(_RETURN, _ALLOW)
-    return code + _operation(_RETURN, _REFUSE | errno.EPERM)
-
-
-def _operation(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
-    return struct.pack("=HBBI", code, if_true, if_false, value)
+            code += operation(IF_EQUAL, number, 0, 1)
+        code += operation(RETURN, ALLOW)
+    return code + operation(RETURN, REFUSE | errno.EPERM)
