@@ -19,6 +19,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 if sys.platform != "win32":
@@ -110,6 +111,19 @@ def read_at(fd: int, buffer: memoryview, offset: int) -> int:
     return count
 
 
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of ``data``."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+
+
+def write_at(fd: int, data: bytes, offset: int) -> None:
+    """Write all of ``data`` at a position of the file, in one call where it is short."""
+    os.lseek(fd, offset, os.SEEK_SET)
+    write_all(fd, data)
+
+
 def wake_pipe() -> tuple[int, int]:
     """Open a pipe, to be read and to be written, of which neither end ever blocks."""
     ends = os.pipe()
@@ -145,10 +159,18 @@ def give_like(fd: int, status: os.stat_result) -> None:
 
     So that what an administrator replaces can still be read by whom it belongs to.
     """
+    give_owner(fd, status)
     if sys.platform != "win32":
-        with contextlib.suppress(PermissionError):
-            os.fchown(fd, status.st_uid, status.st_gid)
         os.fchmod(fd, stat.S_IMODE(status.st_mode))
+
+
+def give_owner(fd: int, status: os.stat_result) -> None:
+    """Give an open file the owner that another one has, as far as that is allowed."""
+    if sys.platform != "win32":
+        now = os.fstat(fd)
+        if (now.st_uid, now.st_gid) != (status.st_uid, status.st_gid):
+            with contextlib.suppress(PermissionError):
+                os.fchown(fd, status.st_uid, status.st_gid)
 
 
 def make_private(fd: int) -> None:
@@ -252,6 +274,18 @@ def lock_exclusively(path: Path) -> int | None:
             os.close(fd)
             return None
     return fd
+
+
+@contextlib.contextmanager
+def locked(fd: int) -> Iterator[None]:
+    """Hold the lock of an open file, waiting for it; other processes wait meanwhile."""
+    if sys.platform != "win32":
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if sys.platform != "win32":
+            fcntl.flock(fd, fcntl.LOCK_UN)
 
 
 def free_space(path: Path) -> tuple[int, int]:

@@ -1,11 +1,11 @@
 """The whole way of one picture, from a queued job to verified deletion.
 
 At any instant, and whenever the process dies, the picture exists whole: as plaintext under its
-own name or in the staging directory until step (8), and from step (7) on as an object under its
+own name or in the staging directory until step (9), and from step (7) on as an object under its
 final name that was read back in step (6). Each step may be repeated; a process that finds the
 work of an earlier one goes on behind it, after verifying anew.
 
-Steps (1) to (6) are a worker's, one picture at a time. Steps (7) to (9) take all pictures that
+Steps (1) to (6) are a worker's, one picture at a time. Steps (7) to (10) take all pictures that
 are verified by then together, so that one sync of a directory serves many.
 """
 
@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from secimg_watch.audit import Event, timestamp
 from secimg_watch.claim import claim, remove_marker, rename_claim, set_aside
 from secimg_watch.disposition import Disposition, disposition, is_indifferent
 from secimg_watch.erase import Erasure, erase
@@ -41,6 +42,7 @@ from secimg_watch.verify import verify
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from secimg_watch.audit import Audit
     from secimg_watch.inspector import Inspector
     from secimg_watch.jobs import Jobs
     from secimg_watch.policy import Folder
@@ -107,6 +109,7 @@ class Pipeline:
     """Everything that processing needs besides the job and its place."""
 
     jobs: Jobs
+    audit: Audit
     inspector: Inspector
     keys: KeySet
     from_device: bool
@@ -150,6 +153,7 @@ class Pipeline:
             # One that was claimed before does not lie in the folder any more: it is sealed.
             case Disposition.LEAVE if not held.claimed:
                 reason = f"{_describe(inspected)}; the policy leaves it in the folder"
+                self._put_on_record("left", held.job, reason)
                 self.jobs.rest(held.job, State.LEFT, reason)
             case Disposition.QUARANTINE:
                 reason = f"{_describe(inspected)}; the policy sets it aside"
@@ -226,10 +230,27 @@ class Pipeline:
                 self._remember(task.verified.staged)
             committed = self._sort_out(tasks, commit([_vaulted(t) for t in tasks]), faults)  # (7)
             self._note_in_place(committed)
-            gone = erase([_erasure(task, done) for task, done in committed])  # (8)
-            finished = [task for task, _ in committed]
-            self._record(self._sort_out(finished, gone, faults))  # (9)
+            on_record = self._attempt(_sealed, committed, faults, durable=True)  # (8)
+            gone = erase([_erasure(task, done) for task, done in on_record])  # (9)
+            erased = self._sort_out([task for task, _ in on_record], gone, faults)
+            self._record(self._attempt(_erased, erased, faults, durable=False))  # (10)
         return faults
+
+    def _attempt(
+        self,
+        event: Callable[[Task, R], Event],
+        outcomes: list[tuple[Task, R]],
+        faults: list[tuple[FolderKey, NotReadyError]],
+        *,
+        durable: bool,
+    ) -> list[tuple[Task, R]]:
+        """Put outcomes on record in the audit log, all or none; what is not goes no further."""
+        try:
+            self.audit.append([event(*each) for each in outcomes], durable=durable)
+        except NotReadyError as fault:
+            tasks = [task for task, _ in outcomes]
+            return self._sort_out(tasks, [fault] * len(tasks), faults)
+        return outcomes
 
     def _remember(self, staged: Staged) -> None:
         # Where the plaintext cannot be deleted now, the object is verified once more before that
@@ -284,6 +305,7 @@ class Pipeline:
         # Either an earlier process died between deleting it and saying so (its object is there,
         # and was verified before the deletion), or somebody else took it away before we had it.
         if place.vault.has(job.object_id):
+            self._put_on_record("deleted", job, "found gone after the process before had ended")
             self.jobs.done([(job, job.first_seen_ns)])
         else:
             self._drop(job, place, "vanished")
@@ -303,6 +325,15 @@ class Pipeline:
             log.warning("object %s: %s; again in %.0f s", job.object_id, fault, delay)
             self.jobs.retry(job, str(fault), delay)
 
+    def _put_on_record(self, what: str, job: Job, reason: str) -> None:
+        """Put on record what ends a job without its object; where that fails the job waits."""
+        fields = {"object": job.object_id, "folder": job.folder, "reason": reason}
+        try:
+            self.audit.append([Event(what, fields)], durable=False)
+        except NotReadyError as fault:
+            self.jobs.retry(job, str(fault), 0.0, burn=False)
+            raise
+
     def _changed(self, job: Job, place: Place, fault: ChangedInHandError) -> None:
         # In the folder, a changed file settles anew as the arrival that it is. In the staging
         # directory it is known by this job alone; and one that was merely opened never changes.
@@ -319,6 +350,7 @@ class Pipeline:
 
     def _quarantine(self, job: Job, held: Held | None, place: Place, reason: str) -> None:
         self.file_keys.pop(job.object_id, None)
+        self._put_on_record("quarantined", job, reason)
         moved = False
         with contextlib.suppress(OSError):
             moved = set_aside(job, held, place.root)
@@ -337,6 +369,26 @@ def _erasure(task: Task, committed: Committed) -> Erasure:
     after = task.place.policy.after
     keep = after.action == "keep"
     return Erasure(committed, task.place.root, keep=keep, move_to=after.directory)
+
+
+def _sealed(task: Task, _committed: Committed) -> Event:
+    job = task.job
+    fields: dict[str, str | int] = {
+        "object": job.object_id,
+        "vault": task.place.vault_id.hex(),
+        "folder": job.folder,
+        "size": task.held.identity.size,
+        "proof": job.proof,
+        "seen": timestamp(job.first_seen_ns),
+    }
+    return Event("sealed", fields)
+
+
+def _erased(task: Task, erased: Erased) -> Event:
+    if erased.refusal:
+        return Event("not deleted", {"object": task.job.object_id, "reason": erased.refusal})
+    done = {"delete": "deleted", "keep": "kept", "move": "moved"}[task.place.policy.after.action]
+    return Event(done, {"object": task.job.object_id, "at": timestamp(erased.erased_ns)})
 
 
 def _as_fault(error: Exception) -> SecimgError:

@@ -12,7 +12,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from secimg_watch import kernel
+from secimg_watch import __version__, kernel
+from secimg_watch.audit import Audit, Event
 from secimg_watch.disposition import is_indifferent
 from secimg_watch.errors import (
     AlreadyRunningError,
@@ -103,6 +104,7 @@ class Service:
         self._abandon_at: float | None = None
         self._key_ready = threading.Event()
         self._keys: KeySet | None = None
+        self._audit: Audit | None = None
         self._file_keys: dict[ObjectId, FileKey] = {}
         self._key_state = "not looked for yet"
         self._absent: dict[str, str] = {}
@@ -166,6 +168,7 @@ class Service:
             ConfigError: no waiting helps: the key is missing, insecure, or not a vault's, or it
                 is not settled whether there is a recovery key.
             NotAllowedError: a vault cannot be written.
+            NotReadyError: the audit log cannot be written.
         """
         try:
             keys = self._keys or self._load_keys()
@@ -175,6 +178,9 @@ class Service:
         for name, vault in self.vaults.items():
             if name not in self._vault_ids:
                 self._admit_vault(name, vault, keys)
+        if self._audit is None:
+            self._audit = Audit(self.policy.state, keys)
+            self._audit.append([Event("started", {"version": __version__})], durable=True)
         self._keys = keys
         self._key_state = "ready"
         self._key_ready.set()
@@ -299,6 +305,11 @@ class Service:
         """Close the queue and give back every lock. More calls are harmless."""
         for vault in self.vaults.values():
             vault.unlock()
+        if self._audit is not None:
+            with contextlib.suppress(NotReadyError):
+                self._audit.append([Event("stopped")], durable=True)
+            self._audit.close()
+            self._audit = None
         if self._state_lock is not None:
             self.jobs.close()
             os.close(self._state_lock)
@@ -331,12 +342,13 @@ class Service:
         monitor = self._monitors[job.folder]
         root, name = monitor.root, monitor.policy.vault
         vault_id = self._vault_ids.get(name)
-        if root is None or vault_id is None or self._keys is None:
+        audit = self._audit
+        if root is None or vault_id is None or self._keys is None or audit is None:
             self.jobs.retry(job, "folder or vault went away", 0.0, burn=False)
             return
         place = Place(monitor.policy, root, self.vaults[name], vault_id, monitor.reconsider)
         try:
-            task = self._pipeline(self._keys, worker).process(job, place)
+            task = self._pipeline(self._keys, audit, worker).process(job, place)
         except NotReadyError as fault:
             self._pause(job.folder, fault)
         except Exception as error:  # noqa: BLE001 - nothing that one picture does ends a worker
@@ -348,9 +360,10 @@ class Service:
             else:
                 self._verified.put(task)
 
-    def _pipeline(self, keys: KeySet, worker: _Worker) -> Pipeline:
+    def _pipeline(self, keys: KeySet, audit: Audit, worker: _Worker) -> Pipeline:
         return Pipeline(
             jobs=self.jobs,
+            audit=audit,
             inspector=self.inspector,
             keys=keys,
             from_device=self.policy.verify == "device",
@@ -367,12 +380,22 @@ class Service:
             taken = _take_all(self._verified)
             ended = None in taken
             tasks = [task for task in taken if task is not None]
-            if tasks and self._keys is not None:
-                failed = self._pipeline(self._keys, worker).finish(tasks)
+            if self._keys is None or self._audit is None:
+                continue
+            if tasks:
+                failed = self._pipeline(self._keys, self._audit, worker).finish(tasks)
                 for folder, fault in failed:
                     self._pause(folder, fault)
                 for folder in {task.job.folder for task in tasks} - {f for f, _ in failed}:
                     self._paused.pop(folder, None)
+            else:
+                self._flush_audit(self._audit)
+
+    def _flush_audit(self, audit: Audit) -> None:
+        try:
+            audit.flush()
+        except NotReadyError as fault:
+            log.warning("%s", fault)
 
     def _beat(self, worker: _Worker) -> None:
         """A sign of life in the middle of a job, and where a stopping service lets go of it."""

@@ -406,7 +406,7 @@ def test_the_child_knows_no_key_and_no_vault() -> None:
     names = {name.removeprefix("secimg_watch.") for name in done.stdout.split()}
     assert names == {
         *("errors", "images", "inspector_child", "kernel", "records", "sandbox"),
-        *("signatures", "wire"),
+        *("seccomp", "signatures", "wire"),
     }
 
 

@@ -22,6 +22,7 @@ from path_builders import (
     until,
 )
 
+from secimg_watch.audit import Audit
 from secimg_watch.claim import set_aside, take_back
 from secimg_watch.erase import erase
 from secimg_watch.inspector import Inspector, Limits
@@ -80,6 +81,7 @@ class Service:
         self.place = Place(policy, desk.root, desk.vault, VAULT_ID, reconsider=self.dropped.append)
         self.pipeline = Pipeline(
             jobs=jobs,
+            audit=Audit(desk.folder.parent / "state", KEYS),
             inspector=Inspector(Limits()),
             keys=KEYS,
             from_device=True,

@@ -13,6 +13,7 @@ from cli_runner import Box, check_complaint, contents
 from path_builders import PICTURE, VAULT_ID, Desk, only_on_linux
 
 from secimg_watch import keys, pipeline
+from secimg_watch.audit import Audit
 from secimg_watch.claim import rename_claim
 from secimg_watch.container import RecipientSlot
 from secimg_watch.erase import erase
@@ -304,6 +305,7 @@ class NewProcess:
         self.place = Place(policy, desk.root, desk.vault, VAULT_ID, reconsider=lambda _path: None)
         self.pipeline = Pipeline(
             jobs=jobs,
+            audit=Audit(desk.folder.parent / "state", WRITE_ONLY),
             inspector=Inspector(Limits()),
             keys=WRITE_ONLY,
             from_device=True,

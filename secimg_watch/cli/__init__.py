@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from secimg_watch import __version__
-from secimg_watch.cli import keys, oneoff, rekeying, running, setup, terminal, vaults
+from secimg_watch.cli import auditing, keys, oneoff, rekeying, running, setup, terminal, vaults
 from secimg_watch.cli.app import PATH, App
 from secimg_watch.errors import UsageError
 
@@ -46,6 +46,7 @@ for command in (
     running.jobs,
     vaults.vault,
     keys.key,
+    auditing.audit,
     oneoff.encrypt,
     oneoff.decrypt,
 ):

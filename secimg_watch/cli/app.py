@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeVar
 
 import click
 
+from secimg_watch.audit import Audit, Event
 from secimg_watch.catalog import Catalog
 from secimg_watch.cli import terminal
 from secimg_watch.errors import (
@@ -33,6 +34,7 @@ from secimg_watch.recipients import (
     parse_identity_file,
     parse_recipient,
 )
+from secimg_watch.records import KeySet
 from secimg_watch.service import key_provider, open_vaults
 from secimg_watch.vault import Vault
 
@@ -141,6 +143,19 @@ class App:
         vaults = self.vaults(policy, name)
         openers = openers or self.ring(policy)
         return {each: Catalog(vault, openers) for each, vault in vaults.items()}
+
+
+def put_on_record(policy: Policy, ring: Sequence[KeyEncryptionKey], event: Event) -> None:
+    """Write into the audit log what a command did to keys.
+
+    Raises:
+        NotReadyError: it could not be written; what was done is done.
+    """
+    audit = Audit(policy.state, KeySet(tuple(ring), policy.recipients))
+    try:
+        audit.append([event], durable=True)
+    finally:
+        audit.close()
 
 
 def read_identities(path: Path) -> tuple[PrivateKey, ...]:

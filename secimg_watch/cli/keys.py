@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from secimg_watch import kernel, keys
+from secimg_watch.audit import Event
 from secimg_watch.catalog import Catalog
 from secimg_watch.cli import terminal
 from secimg_watch.cli.app import (
@@ -16,6 +17,7 @@ from secimg_watch.cli.app import (
     App,
     guarded,
     pass_app,
+    put_on_record,
     refuse_private,
     with_identity,
     with_json,
@@ -86,6 +88,8 @@ def ensure_key(policy: Policy, identities: tuple[PrivateKey, ...] = ()) -> str:
         created = "key made"
     for vault in open_vaults(policy).values():
         admit_keys(vault, ring)
+    if created == "key made":
+        put_on_record(policy, ring, Event(created, {"key": ring[0].key_id.hex()}))
     return created
 
 
@@ -207,6 +211,7 @@ def key_rotate(app: App) -> None:
         for vault in vaults:
             add_key(vault, new)
         provider.replace((new, *ring))
+    put_on_record(policy, (new, *ring), Event("key rotated", {"key": new.key_id.hex()}))
     terminal.say(f"new key {new.key_id.hex()}: {provider.description}")
     for vault in vaults:
         tell_census(take_census(vault), frozenset(each.key_id for each in ring))
@@ -247,7 +252,9 @@ def key_retire(app: App, key_id: str) -> None:
             _refuse_needed(vault, retired)
         for vault in vaults:
             forget_key(vault, retired)
-        provider.replace(tuple(each for each in ring if each.key_id != retired))
+        left = tuple(each for each in ring if each.key_id != retired)
+        provider.replace(left)
+    put_on_record(policy, left, Event("key retired", {"key": retired.hex()}))
     terminal.say(
         f"key {retired.hex()} is retired; backups of older objects, and vaults"
         " that are not in this policy, may still need it"
@@ -375,7 +382,10 @@ def recovery_confirm(app: App) -> None:
     for vault in _all_vaults(policy):
         for recipient in shown:
             confirm_recovery(vault, recipient)
+    ring = key_provider(policy).load_ring()
     for recipient in shown:
+        confirmed = {"recipient": recipient.key_id.hex()}
+        put_on_record(policy, ring, Event("recovery confirmed", confirmed))
         terminal.say(f"confirmed: recipient {recipient.key_id.hex()}")
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from secimg_watch.audit import Event
 from secimg_watch.cli import terminal
-from secimg_watch.cli.app import App, guarded, pass_app, with_identity, with_json
+from secimg_watch.cli.app import App, guarded, pass_app, put_on_record, with_identity, with_json
 from secimg_watch.cli.keys import tell_census
 from secimg_watch.errors import KeyMissingError, NotReadyError, SecimgError
 from secimg_watch.gate import require_recovery
@@ -43,6 +44,7 @@ def vault_rekey(app: App, vault_name: str | None, *, dry_run: bool) -> int:
         with contextlib.nullcontext() if dry_run else each.replacing():
             rekeyer = run.rekeyer(name, each)
             run.over(name, each.object_ids(), rekeyer.is_due if dry_run else rekeyer.rekey)
+            run.put_on_record(name, "objects rekeyed")
         run.census(name, each)
     return run.tell("would change" if dry_run else "changed")
 
@@ -68,6 +70,7 @@ def vault_reencrypt(app: App, vault_name: str | None, *, dry_run: bool) -> int:
         else:
             with each.replacing():
                 run.reencrypt(name, each)
+                run.put_on_record(name, "objects sealed anew")
         run.census(name, each)
     return run.tell("would be sealed anew" if dry_run else "sealed anew")
 
@@ -104,6 +107,7 @@ class _Run:
             )
         self._seen = 0
         self._changed = 0
+        self._recorded = 0
         self.failed: dict[ObjectId, SecimgError] = {}
         self._census: dict[str, dict[str, int]] = {}
 
@@ -138,6 +142,14 @@ class _Run:
                 show(done, None)
         self._seen += len(object_ids)
         return self.failed.keys().isdisjoint(object_ids)
+
+    def put_on_record(self, name: str, what: str) -> None:
+        """Say in the audit log what became of a vault's objects."""
+        if not self._dry_run:
+            changed = self._changed - self._recorded
+            self._recorded = self._changed
+            fields: dict[str, str | int] = {"vault": name, "changed": changed}
+            put_on_record(self._policy, self.keys.ring, Event(what, fields))
 
     def census(self, name: str, each: Vault) -> None:
         census = take_census(each)

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from secimg_watch import keys, policyfile
+from secimg_watch.audit import Event
 from secimg_watch.cli import terminal
 from secimg_watch.cli.app import (
     PATH,
     App,
     guarded,
     pass_app,
+    put_on_record,
     read_identities,
     read_recipient,
     start_log,
@@ -69,10 +71,14 @@ def quickstart(app: App, directory: Path, *, setup_only: bool) -> None:
         _make_quickstart(directory, path)
     policy = load_policy(path)
     provider = key_provider(policy)
+    ring = provider.load_ring()
     for vault in open_vaults(policy).values():
-        admit_keys(vault, provider.load_ring())
+        admit_keys(vault, ring)
         for recipient in _shown_recovery(directory / "recovery.key", policy):
-            confirm_recovery(vault, recipient)
+            if recipient.key_id not in vault.info().recovery:
+                confirm_recovery(vault, recipient)
+                confirmed = {"recipient": recipient.key_id.hex()}
+                put_on_record(policy, ring, Event("recovery confirmed", confirmed))
     _tell_next_steps(directory, path, provider)
     if not setup_only:
         start_log(app.verbose)
