@@ -26,7 +26,7 @@ from secimg_watch.errors import StorageError
 from secimg_watch.records import FolderKey, Identity, Job, ObjectId, Proof
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from secimg_watch.records import Settled
@@ -207,6 +207,11 @@ class Jobs:
                 )
             self._changed.notify_all()
 
+    def look_again(self) -> None:
+        """Let whoever waits for a job ask anew which folders may be worked on."""
+        with self._changed:
+            self._changed.notify_all()
+
     def reclaim(self) -> None:
         """At start: what was in the hands of the process before is queued again."""
         with self._changed:
@@ -327,16 +332,25 @@ class Jobs:
             return changed > 0
 
     def forget_vanished(
-        self, folder: FolderKey, seen: set[str], claimed: Collection[str] = ()
+        self, folder: FolderKey, seen: Mapping[str, Identity], claimed: Collection[str] = ()
     ) -> None:
-        """Forget resting jobs whose file is neither in the folder nor ``claimed`` (object ids)."""
+        """Forget resting jobs whose file is neither in the folder nor ``claimed`` (object ids).
+
+        ``seen`` is what lies under each name. A name that was given to another file since then is
+        no longer the resting one's.
+        """
         with self._lock:
             rows = self._db.execute(
-                "SELECT object_id, name FROM job WHERE folder = ?"
-                " AND state IN ('left', 'kept', 'undeletable')",
+                "SELECT object_id, name, dev, ino, size, mtime_ns, ctime_ns FROM job"
+                " WHERE folder = ? AND state IN ('left', 'kept', 'undeletable')",
                 (folder,),
             ).fetchall()
-            gone = [(i,) for i, name in rows if os.fsdecode(name) not in seen and i not in claimed]
+            gone = []
+            for object_id, name, *identity in rows:
+                now = seen.get(os.fsdecode(name))
+                stays = now is not None and now.same_content(_identity(*identity))
+                if not stays and object_id not in claimed:
+                    gone.append((object_id,))
             self._db.executemany("DELETE FROM job WHERE object_id = ?", gone)
 
     def release(self) -> None:

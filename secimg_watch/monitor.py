@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from secimg_watch.jobs import Jobs
     from secimg_watch.policy import Folder
+    from secimg_watch.records import Identity
     from secimg_watch.watcher import Watcher
 
 _TICK: Final = 1.0  # seconds between two looks at root and watcher
@@ -162,8 +163,8 @@ class Monitor(threading.Thread):
             while not self._stopping:
                 self._turn()
         finally:
-            if self._native is not None:
-                self._native.unwatch(self.key)
+            # Nor may the folder stay busy: this object lives on until a collection finds it.
+            self._lose_root()
 
     def _turn(self) -> None:
         self._beat = time.monotonic()
@@ -248,6 +249,8 @@ class Monitor(threading.Thread):
         self._remote = kernel.is_remote(kernel.file_system_type(self.policy.path))
         self._watch(root)
         self.root = root
+        # Claimed files got their jobs before, when no worker might take them yet.
+        self._jobs.look_again()
         self._next_scan = 0.0
         how = "native" if self._watching else "poll"
         log.info("folder %s: watched (%s)", self.key, how)
@@ -340,12 +343,12 @@ class Monitor(threading.Thread):
             return
         self._passed = {}
         self._heard.clear()
-        seen: set[str] = set()
+        seen: dict[str, Identity] = {}
         for found in scan(root.fd, self._selection):
-            seen.add(found.relpath)
+            seen[found.relpath] = found.identity
             self._see(found)
             self._beat = time.monotonic()
-        vanished = self._tracker.retain(seen)
+        vanished = self._tracker.retain(seen.keys())
         if vanished:
             self._jobs.count(self.key, "vanished", vanished)
         self._jobs.forget_vanished(self.key, seen, root.entries())

@@ -434,9 +434,18 @@ class Service:
         if incomplete and time.monotonic() >= self._next_key_try:
             self.admit()
             self._next_key_try = time.monotonic() + _KEY_RETRY
+        self._end_idle_pauses()
         if time.monotonic() - self._trimmed > _TRIM:
             self.jobs.trim()
             self._trimmed = time.monotonic()
+
+    def _end_idle_pauses(self) -> None:
+        # A success ends a pause. Where nothing waits there will be none, and a pause that is over
+        # would be reported for ever.
+        for key, pause in list(self._paused.items()):
+            states = self.jobs.states(key)
+            if pause.until <= time.monotonic() and not (states.keys() & {"queued", "taken"}):
+                self._paused.pop(key, None)
 
     def rescan(self) -> None:
         """Scan every folder now."""

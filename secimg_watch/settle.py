@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Final
 from secimg_watch.records import Proof
 
 if TYPE_CHECKING:
+    from collections.abc import Set as AbstractSet
+
     from secimg_watch.records import Identity
 
 QUIET_LOCAL: Final = 30.0
@@ -150,7 +152,7 @@ class Tracker:
         """The file is gone, or is none of ours any more."""
         self._entries.pop(relpath, None)
 
-    def retain(self, seen: set[str]) -> int:
+    def retain(self, seen: AbstractSet[str]) -> int:
         """Forget all but the ``seen`` paths; how many vanished before they were taken."""
         gone = self._entries.keys() - seen
         vanished = sum(not self._entries[path].handed for path in gone)

@@ -354,13 +354,24 @@ def test_a_job_that_is_in_hand_done_or_unknown_gets_no_fresh_start(jobs: Jobs) -
 def test_resting_jobs_are_forgotten_with_their_files_and_others_are_not(jobs: Jobs) -> None:
     for state in (State.LEFT, State.KEPT, State.UNDELETABLE, State.QUARANTINED):
         jobs.rest(admitted(jobs, f"{state}.jpg"), state, "")
-    jobs.rest(admitted(jobs, "stays\udcff.jpg"), State.LEFT, "")
+    stays = admitted(jobs, "stays\udcff.jpg")
+    jobs.rest(stays, State.LEFT, "")
     jobs.admit([settled("queued.jpg")])
     jobs.admit([settled("left.jpg", folder=OTHER)])
-    jobs.forget_vanished(FOLDER, {"stays\udcff.jpg"})
+    jobs.forget_vanished(FOLDER, {"stays\udcff.jpg": stays.identity})
     left = {row.relpath for row in jobs.rows(folder=FOLDER)}
     assert left == {"quarantined.jpg", "stays\udcff.jpg", "queued.jpg"}
     assert len(jobs.rows(folder=OTHER)) == 1
+
+
+def test_a_resting_job_is_forgotten_when_its_name_was_given_to_another_file(jobs: Jobs) -> None:
+    replaced, touched = admitted(jobs, "replaced.jpg"), admitted(jobs, "touched.jpg")
+    for job in (replaced, touched):
+        jobs.rest(job, State.KEPT, "sealed; the policy keeps the plaintext", sealed=True)
+    another = dataclasses.replace(replaced.identity, ino=replaced.identity.ino + 1)
+    other_rights = dataclasses.replace(touched.identity, ctime_ns=touched.identity.ctime_ns + 1)
+    jobs.forget_vanished(FOLDER, {"replaced.jpg": another, "touched.jpg": other_rights})
+    assert [row.relpath for row in jobs.rows()] == ["touched.jpg"]
 
 
 def test_a_job_that_is_dropped_is_counted_and_may_come_again(jobs: Jobs) -> None:
