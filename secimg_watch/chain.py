@@ -23,7 +23,6 @@ import hashlib
 import io
 import json
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -232,7 +231,7 @@ class Findings:
     first: str = ""
     last: str = ""
     mac: str = ""
-    events: Counter[str] = field(default_factory=Counter)
+    events: dict[str, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     more_faults: int = 0
@@ -373,7 +372,8 @@ class _Checker:
         self.findings.entries += 1
         self.findings.first = self.findings.first or entry.time
         self.findings.last = entry.time
-        self.findings.events[entry.event] += 1
+        events = self.findings.events
+        events[entry.event] = events.get(entry.event, 0) + 1
         self.number, self.mac = entry.number, entry.mac
         if self.head is not None and self.head[0].number == entry.number:
             self._meet_head(*self.head)

@@ -76,6 +76,9 @@ _HISTORY: Final = 10_000  # sealed rows kept; the counters go on for ever
 _DWELL_SAMPLE: Final = 1_000  # the newest sealed rows that dwell times are taken from
 _FIRST_DELAY: Final = 2.0
 _LAST_DELAY: Final = 3600.0
+# A row waits until a time of day. One that is further away than `back_off` ever puts it was written
+# before the clock was set back, and is due.
+_DUE: Final = f"(not_before <= :now OR not_before > :now + {1.25 * _LAST_DELAY})"
 
 
 class State(StrEnum):
@@ -232,14 +235,13 @@ class Jobs:
                 self._changed.wait(left)
 
     def _take_one(self, folders: Collection[FolderKey]) -> Job | None:
-        marks = ",".join("?" * len(folders))
         row = self._db.execute(
-            "UPDATE job SET state = 'taken', attempts = attempts + 1 WHERE object_id = ("  # noqa: S608 - only question marks are put in
-            "SELECT object_id FROM job WHERE state = 'queued' AND not_before <= ?"
-            f" AND folder IN ({marks}) ORDER BY not_before, first_seen_ns LIMIT 1)"
+            "UPDATE job SET state = 'taken', attempts = attempts + 1 WHERE object_id = ("  # noqa: S608 - only names of parameters are put in
+            f"SELECT object_id FROM job WHERE state = 'queued' AND {_DUE}"
+            f" AND folder IN ({_names(folders)}) ORDER BY not_before, first_seen_ns LIMIT 1)"
             " RETURNING object_id, folder, name, dev, ino, size, mtime_ns, ctime_ns, proof,"
             " attempts, first_seen_ns",
-            (time.time(), *folders),
+            _parameters(folders),
         ).fetchone()
         return None if row is None else _job(row)
 
@@ -401,13 +403,12 @@ class Jobs:
 
     def due(self, folders: Collection[FolderKey]) -> int:
         """How many jobs are in hand, or could be taken now."""
-        marks = ",".join("?" * len(folders))
         with self._lock:
             query = (
-                "SELECT count(*) FROM job WHERE state IN ('taken', 'committed')"  # noqa: S608 - only question marks are put in
-                f" OR (state = 'queued' AND not_before <= ? AND folder IN ({marks}))"
+                "SELECT count(*) FROM job WHERE state IN ('taken', 'committed')"  # noqa: S608 - only names of parameters are put in
+                f" OR (state = 'queued' AND {_DUE} AND folder IN ({_names(folders)}))"
             )
-            return int(self._db.execute(query, (time.time(), *folders)).fetchone()[0])
+            return int(self._db.execute(query, _parameters(folders)).fetchone()[0])
 
     def sealed_total(self) -> int:
         """How many pictures were ever sealed, over all folders."""
@@ -474,6 +475,14 @@ def _open(path: Path) -> sqlite3.Connection:
         database.close()
         raise
     return database
+
+
+def _names(folders: Collection[FolderKey]) -> str:
+    return ",".join(f":f{number}" for number in range(len(folders)))
+
+
+def _parameters(folders: Collection[FolderKey]) -> dict[str, str | float]:
+    return {"now": time.time(), **{f"f{number}": each for number, each in enumerate(folders)}}
 
 
 def _put_aside(path: Path) -> None:

@@ -293,6 +293,17 @@ def test_a_job_that_is_to_wait_is_not_taken_before_its_time(jobs: Jobs) -> None:
     assert row.not_before > time.time() + 3000
 
 
+def test_a_clock_that_was_set_back_holds_no_job_up_for_longer_than_its_pause(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = admitted(jobs)
+    jobs.retry(job, "failed", back_off(job.attempts))
+    assert take(jobs) is None
+    yesterday = time.time() - 86_400
+    monkeypatch.setattr(time, "time", lambda: yesterday)
+    assert taken(jobs).object_id == job.object_id
+
+
 def test_a_fault_of_the_surroundings_burns_no_attempt(jobs: Jobs) -> None:
     jobs.admit([settled()])
     for _ in range(5):
