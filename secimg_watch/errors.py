@@ -13,6 +13,7 @@ SecimgError                  never raised itself
 │   ├── VaultGoneError       a vault is not there: not made yet, replaced, or not mounted
 │   ├── KeyUnavailableError  the key is there but locked, or its service does not answer
 │   └── AlreadyRunningError  another process holds the state directory or the vault
+├── QueueError           75  the queue's database fails: its disk is full, or does not answer
 ├── ChangedInHandError   75  a picture changed while it was being sealed
 ├── NotAllowedError      77  the operating system refused for lack of permission
 └── ConfigError          78  policy or key must be corrected by a person
@@ -117,6 +118,16 @@ class KeyUnavailableError(NotReadyError):
 
 class AlreadyRunningError(NotReadyError):
     """Another process holds the state directory or the vault."""
+
+
+class QueueError(SecimgError):
+    """The queue's database fails. The process ends; the next one finds everything on disk.
+
+    Not a `NotReadyError`: no folder alone could be paused for it.
+    """
+
+    exit_code = 75
+    retryable = True
 
 
 class ChangedInHandError(SecimgError):

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
-from secimg_watch.errors import StorageError
+from secimg_watch.errors import QueueError, StorageError
 from secimg_watch.records import FolderKey, Identity, Job, ObjectId, Proof
 
 if TYPE_CHECKING:
@@ -129,7 +129,11 @@ def back_off(attempts: int) -> float:
 
 
 class Jobs:
-    """The queue of one state directory. All methods may be called from any thread."""
+    """The queue of one state directory. All methods may be called from any thread.
+
+    Each raises ``QueueError`` where the database fails, as on a full disk. No picture is in danger
+    then, but nothing can go on without it.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open or create the database; a damaged one is put aside and made anew.
@@ -137,8 +141,7 @@ class Jobs:
         Raises:
             StorageError: it can neither be opened nor replaced.
         """
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
+        self._changed = threading.Condition(threading.Lock())
         self._released = False
         try:
             self._db = _open(path)
@@ -151,9 +154,22 @@ class Jobs:
             _put_aside(path)
             self._db = _open(path)
 
+    @contextlib.contextmanager
+    def _hold(self) -> Iterator[None]:
+        """Have the database to oneself; every method begins with it.
+
+        Raises:
+            QueueError: the database fails.
+        """
+        with self._changed:
+            try:
+                yield
+            except sqlite3.Error as error:
+                raise QueueError(f"the queue cannot be used: {error}") from error
+
     def close(self) -> None:
         """Close the database; an empty write-ahead log is left behind."""
-        with self._lock:
+        with self._hold():
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._db.close()
 
@@ -166,7 +182,7 @@ class Jobs:
             a = each.arrival
             row = _row(new_object_id(), a.folder, a.relpath, a.identity, each.proof)
             rows.append((*row, a.first_seen_ns, State.QUEUED, ""))
-        with self._changed:
+        with self._hold():
             before = self._count_rows()
             with self._transaction():
                 self._db.executemany(f"INSERT {_INTO} {_SEEN_AGAIN}", rows)
@@ -189,7 +205,7 @@ class Jobs:
 
     def adopt(self, job: Job, state: State, reason: str = "") -> None:
         """Make sure that a file found in the staging directory has its job, in that state."""
-        with self._changed:
+        with self._hold():
             # A folder may come back while a worker still has one of its files in hand.
             self._db.execute(
                 "UPDATE job SET state = ?, folder = ? WHERE object_id = ?"
@@ -212,12 +228,12 @@ class Jobs:
 
     def look_again(self) -> None:
         """Let whoever waits for a job ask anew which folders may be worked on."""
-        with self._changed:
+        with self._hold():
             self._changed.notify_all()
 
     def reclaim(self) -> None:
         """At start: what was in the hands of the process before is queued again."""
-        with self._changed:
+        with self._hold():
             self._db.execute("UPDATE job SET state = 'queued' WHERE state IN ('taken','committed')")
 
     def take(self, folders: Callable[[], Collection[FolderKey]], timeout: float) -> Job | None:
@@ -226,7 +242,7 @@ class Jobs:
         ``folders`` says which folders may be worked on, and is asked anew each time.
         """
         deadline = time.monotonic() + timeout
-        with self._changed:
+        with self._hold():
             while True:
                 row = self._take_one(folders())
                 left = deadline - time.monotonic()
@@ -253,7 +269,7 @@ class Jobs:
         """The plaintexts are gone, each at its time (ns): count them, and forget their names."""
         if not gone:
             return
-        with self._changed:
+        with self._hold():
             with self._transaction():
                 for job, gone_ns in gone:
                     self._db.execute("DELETE FROM job WHERE object_id = ?", (job.object_id,))
@@ -263,7 +279,7 @@ class Jobs:
 
     def rest(self, job: Job, state: State, reason: str, *, sealed: bool = False) -> None:
         """The job goes on only when asked to; ``sealed``: its object is in the vault."""
-        with self._changed:
+        with self._hold():
             with self._transaction():
                 self._db.execute(
                     "UPDATE job SET state = ?, reason = ? WHERE object_id = ?",
@@ -288,7 +304,7 @@ class Jobs:
 
     def retry(self, job: Job, reason: str, delay: float, *, burn: bool = True) -> None:
         """Queue a job again in ``delay`` seconds. Without ``burn`` its attempt does not count."""
-        with self._changed:
+        with self._hold():
             self._db.execute(
                 "UPDATE job SET state = 'queued', reason = ?, not_before = ?,"
                 " attempts = attempts - ? WHERE object_id = ?",
@@ -298,7 +314,7 @@ class Jobs:
 
     def rename(self, job: Job, object_id: ObjectId, reason: str) -> None:
         """Queue a job again under another object id."""
-        with self._changed:
+        with self._hold():
             self._db.execute(
                 "UPDATE job SET object_id = ?, state = 'queued', reason = ?, not_before = 0"
                 " WHERE object_id = ?",
@@ -308,7 +324,7 @@ class Jobs:
 
     def drop(self, job: Job, counted_as: str) -> None:
         """Forget a job whose file is gone or became another one."""
-        with self._changed:
+        with self._hold():
             dropped = self._db.execute(
                 "DELETE FROM job WHERE object_id = ? AND ctime_ns = ?",
                 (job.object_id, job.identity.ctime_ns),
@@ -323,7 +339,7 @@ class Jobs:
 
     def requeue(self, object_id: ObjectId) -> bool:
         """Give a resting job a fresh start; false where there is no such resting job."""
-        with self._changed:
+        with self._hold():
             changed = self._db.execute(
                 "UPDATE job SET state = 'queued', attempts = 0, not_before = 0, reason = ''"
                 " WHERE object_id = ?"
@@ -341,7 +357,7 @@ class Jobs:
         ``seen`` is what lies under each name. A name that was given to another file since then is
         no longer the resting one's.
         """
-        with self._lock:
+        with self._hold():
             rows = self._db.execute(
                 "SELECT object_id, name, dev, ino, size, mtime_ns, ctime_ns FROM job"
                 " WHERE folder = ? AND state IN ('left', 'kept', 'undeletable')",
@@ -357,13 +373,13 @@ class Jobs:
 
     def release(self) -> None:
         """From now on nobody waits in `take` any more."""
-        with self._changed:
+        with self._hold():
             self._released = True
             self._changed.notify_all()
 
     def trim(self) -> None:
         """Shorten the history, and empty the log that may still hold the names of sealed files."""
-        with self._lock:
+        with self._hold():
             self._db.execute(
                 "DELETE FROM sealed WHERE object_id IN (SELECT object_id FROM sealed"
                 " ORDER BY sealed_ns DESC LIMIT -1 OFFSET ?)",
@@ -375,7 +391,7 @@ class Jobs:
 
     def count(self, folder: FolderKey, what: str, by: int = 1) -> None:
         """Add to one of a folder's counters."""
-        with self._lock:
+        with self._hold():
             self._add(folder, what, by)
 
     def _add(self, folder: FolderKey, what: str, by: int) -> None:
@@ -383,13 +399,13 @@ class Jobs:
 
     def counters(self, folder: FolderKey) -> dict[str, int]:
         """All counters of a folder since the database was made."""
-        with self._lock:
+        with self._hold():
             rows = self._db.execute("SELECT what, n FROM counter WHERE folder = ?", (folder,))
             return dict(rows.fetchall())
 
     def states(self, folder: FolderKey) -> dict[str, int]:
         """How many jobs of a folder are in each state."""
-        with self._lock:
+        with self._hold():
             rows = self._db.execute(
                 "SELECT state, count(*) FROM job WHERE folder = ? GROUP BY state", (folder,)
             )
@@ -397,13 +413,13 @@ class Jobs:
 
     def pending(self) -> int:
         """How many jobs are queued or in hand."""
-        with self._lock:
+        with self._hold():
             query = "SELECT count(*) FROM job WHERE state IN ('queued', 'taken', 'committed')"
             return int(self._db.execute(query).fetchone()[0])
 
     def due(self, folders: Collection[FolderKey]) -> int:
         """How many jobs are in hand, or could be taken now."""
-        with self._lock:
+        with self._hold():
             query = (
                 "SELECT count(*) FROM job WHERE state IN ('taken', 'committed')"  # noqa: S608 - only names of parameters are put in
                 f" OR (state = 'queued' AND {_DUE} AND folder IN ({_names(folders)}))"
@@ -412,13 +428,13 @@ class Jobs:
 
     def sealed_total(self) -> int:
         """How many pictures were ever sealed, over all folders."""
-        with self._lock:
+        with self._hold():
             query = "SELECT coalesce(sum(n), 0) FROM counter WHERE what = 'sealed'"
             return int(self._db.execute(query).fetchone()[0])
 
     def dwell(self, folder: FolderKey) -> Dwell:
         """Dwell times of the newest sealed pictures of a folder."""
-        with self._lock:
+        with self._hold():
             rows = self._db.execute(
                 "SELECT dwell_ms FROM sealed WHERE folder = ? AND dwell_ms >= 0"
                 " ORDER BY sealed_ns DESC LIMIT ?",
@@ -437,7 +453,7 @@ class Jobs:
             " mtime_ns, ctime_ns FROM job WHERE (? IS NULL OR folder = ?)"
             " AND (? IS NULL OR state = ?) ORDER BY first_seen_ns"
         )
-        with self._lock:
+        with self._hold():
             found = self._db.execute(query, (folder, folder, state, state)).fetchall()
         return [
             Row(
@@ -454,7 +470,7 @@ class Jobs:
         ]
 
     def _set(self, object_id: ObjectId, state: State) -> None:
-        with self._lock:
+        with self._hold():
             self._db.execute("UPDATE job SET state = ? WHERE object_id = ?", (state, object_id))
 
 

@@ -17,7 +17,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from secimg_watch import kernel
-from secimg_watch.errors import FolderGoneError, SecimgError
+from secimg_watch.errors import FolderGoneError, QueueError, SecimgError
 from secimg_watch.names import display
 from secimg_watch.records import Arrival, FolderKey, Proof, Settled
 from secimg_watch.roots import Root
@@ -88,6 +88,7 @@ class Monitor(threading.Thread):
         self._selection = selection_of(policy)
         self._tracker = Tracker(policy.settle)
         self._rule = ProofRule(policy.proof)
+        self.fault: QueueError | None = None  # what ended the thread
         self._native = watcher if policy.watch != "poll" else None
         self._remote = False
         self._changed = threading.Condition()
@@ -162,6 +163,8 @@ class Monitor(threading.Thread):
         try:
             while not self._stopping:
                 self._turn()
+        except QueueError as fault:
+            self.fault = fault
         finally:
             # Nor may the folder stay busy: this object lives on until a collection finds it.
             self._lose_root()
@@ -240,6 +243,8 @@ class Monitor(threading.Thread):
         try:
             root = Root(self.policy.path, self.policy.staging)
             self._attach(root)
+        except QueueError:
+            raise
         except SecimgError as error:
             if not isinstance(error, FolderGoneError) and str(error) != self._trouble:
                 log.error("folder %s: %s", self.key, error)

@@ -20,6 +20,7 @@ from secimg_watch.errors import (
     CannotCreateError,
     DiskFullError,
     NotReadyError,
+    QueueError,
     StorageError,
     VaultGoneError,
 )
@@ -66,8 +67,15 @@ class _Pause:
 
 class _Worker:
     def __init__(self, name: str, loop: Callable[[_Worker], None]) -> None:
-        self.thread = threading.Thread(target=loop, args=(self,), name=name, daemon=True)
+        self.thread = threading.Thread(target=self._run, args=(loop,), name=name, daemon=True)
         self.beat = time.monotonic()
+        self.fault: QueueError | None = None  # what ended it
+
+    def _run(self, loop: Callable[[_Worker], None]) -> None:
+        try:
+            loop(self)
+        except QueueError as fault:
+            self.fault = fault
 
 
 def _take_all(tasks: queue.Queue[Task | None]) -> list[Task | None]:
@@ -288,7 +296,10 @@ class Service:
             worker.thread.join()
         # Only now can nothing be added any more.
         if self._finisher is not None:
-            self._verified.put(None)
+            while self._finisher.thread.is_alive():
+                with contextlib.suppress(queue.Full):
+                    self._verified.put(None, timeout=_IDLE)
+                    break
             self._finisher.thread.join()
         self._finisher, self._workers = None, []
         for monitor in self._monitors.values():
@@ -349,6 +360,8 @@ class Service:
         place = Place(monitor.policy, root, self.vaults[name], vault_id, monitor.reconsider)
         try:
             task = self._pipeline(self._keys, audit, worker).process(job, place)
+        except QueueError:
+            raise
         except NotReadyError as fault:
             self._pause(job.folder, fault)
         except Exception as error:  # noqa: BLE001 - nothing that one picture does ends a worker
@@ -358,7 +371,14 @@ class Service:
             if task is None:
                 self._paused.pop(job.folder, None)
             else:
-                self._verified.put(task)
+                self._hand_over(task)
+
+    def _hand_over(self, task: Task) -> None:
+        while self._finisher is not None and self._finisher.thread.is_alive():
+            with contextlib.suppress(queue.Full):
+                self._verified.put(task, timeout=_IDLE)
+                return
+        task.hands.close()  # the process is about to end
 
     def _pipeline(self, keys: KeySet, audit: Audit, worker: _Worker) -> Pipeline:
         return Pipeline(
@@ -461,10 +481,20 @@ class Service:
     def _threads(self) -> list[_Worker]:
         return [*self._workers, *([self._finisher] if self._finisher else [])]
 
-    def dead_threads(self) -> list[str]:
-        """The names of threads that should run and do not."""
+    def refuse_dead_threads(self) -> None:
+        """Check that every thread runs that should.
+
+        Raises:
+            QueueError: the queue ended one.
+            NotReadyError: one does not; nothing but a restart helps.
+        """
+        faults = [m.fault for m in self._monitors.values()] + [w.fault for w in self._threads()]
+        for fault in filter(None, faults):
+            raise fault
         threads = [*self._monitors.values(), *(w.thread for w in self._threads())]
-        return [thread.name for thread in threads if not thread.is_alive()]
+        dead = [thread.name for thread in threads if not thread.is_alive()]
+        if dead:
+            raise NotReadyError(f"a thread of the service died: {', '.join(dead)}")
 
     def is_idle(self) -> bool:
         """Whether everything that is ready now is done."""

@@ -132,9 +132,7 @@ class Daemon:
         self._write_status(running=True)
 
     def _feed_watchdog(self) -> None:
-        dead = self._service.dead_threads()
-        if dead:
-            raise NotReadyError(f"a thread of the service died: {', '.join(dead)}")
+        self._service.refuse_dead_threads()
         limit = self._notifier.watchdog_seconds
         # A worker is silent while a picture is inspected, which the policy may allow for long.
         patience = self._service.policy.limits.decode_seconds
@@ -208,8 +206,7 @@ def drain(app: App) -> int:
             while not service.is_idle():
                 done = service.jobs.sealed_total() - before
                 show(done, done + service.jobs.pending())
-                if dead := service.dead_threads():
-                    raise NotReadyError(f"a thread of the service died: {', '.join(dead)}")
+                service.refuse_dead_threads()
                 time.sleep(_POLL)
         service.stop()
         sealed = service.jobs.sealed_total() - before
