@@ -89,6 +89,8 @@ class Audit:
             self._head = _open(state, HEAD_NAME, os.O_RDWR)
             opened.callback(os.close, self._head)
             kernel.sync_path(state)
+            if not os.fstat(self._log).st_size:
+                kernel.sync_above(state)
             self._files = opened.pop_all()
 
     def close(self) -> None:
@@ -148,7 +150,10 @@ class Audit:
             end, epoch = self._end, self._end.epoch
             head = Head(end.number, end.mac, end.size, end.epoch_at).pack(epoch)
             # Within one sector, so it is the former one or this one. It may lag behind the log.
+            first = Head.parse(_read(self._head, 0, _HEAD_LIMIT)) is None
             kernel.write_at(self._head, head, 0)
+            if first:  # nothing is there yet that a power cut could leave instead
+                os.fsync(self._head)
 
     # -- finding the end -----------------------------------------------------------------------
 

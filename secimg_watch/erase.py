@@ -98,7 +98,9 @@ def _move_away(claimed: Claimed, target: Path) -> None:
     job = claimed.inspected.held.job
     folder, _, name = job.relpath.rpartition("/")
     directory = target / folder
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not directory.is_dir():
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        kernel.sync_above(directory)
     fd = os.open(directory, kernel.DIRECTORY)
     try:
         taken = job.object_id + os.path.splitext(name)[1]

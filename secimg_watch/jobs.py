@@ -76,9 +76,11 @@ _HISTORY: Final = 10_000  # sealed rows kept; the counters go on for ever
 _DWELL_SAMPLE: Final = 1_000  # the newest sealed rows that dwell times are taken from
 _FIRST_DELAY: Final = 2.0
 _LAST_DELAY: Final = 3600.0
-# A row waits until a time of day. One that is further away than `back_off` ever puts it was written
-# before the clock was set back, and is due.
-_DUE: Final = f"(not_before <= :now OR not_before > :now + {1.25 * _LAST_DELAY})"
+# A row waits until a time of day. One that is further away than `back_off` puts it for so many
+# attempts was written before the clock was set back, and is due.
+_DUE: Final = (
+    f"(not_before <= :now OR not_before > :now + 1.25 * min({_LAST_DELAY}, 1 << min(attempts, 12)))"
+)
 
 
 class State(StrEnum):

@@ -241,6 +241,20 @@ def sync_path(directory: Path) -> None:
         os.close(fd)
 
 
+def sync_above(path: Path) -> None:
+    """Make a directory's own name durable, and those of the directories above it.
+
+    As far as its file system goes, and as far as they may be read: a sync of a directory need not
+    say where that directory is found.
+    """
+    device = os.stat(path).st_dev
+    for directory in path.resolve().parents:
+        with contextlib.suppress(PermissionError):
+            if os.stat(directory).st_dev != device:
+                return
+            sync_path(directory)
+
+
 def open_parent(root: int, relpath: str) -> tuple[int, str]:
     """Open the directory that holds ``relpath`` below ``root``; gives a descriptor and the name.
 

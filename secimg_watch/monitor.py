@@ -391,6 +391,10 @@ class Monitor(threading.Thread):
         complete = []
         for candidate in self._tracker.due(now):
             self._beat = time.monotonic()
+            if look(root.fd, candidate.relpath, self._selection) is None:
+                # Gone, or claimed by a worker for a job that outlived the process before.
+                self._tracker.forget(candidate.relpath)
+                continue
             verdict = judge(self._rule, self.policy.settle, self._evidence(root, candidate))
             if isinstance(verdict, Proof):
                 complete.append(self._settled(candidate, verdict))

@@ -53,6 +53,7 @@ class Destination:
         with _explained(display(str(directory))):
             with contextlib.suppress(FileExistsError):
                 os.mkdir(directory, 0o700)
+                kernel.sync_above(directory)
             self._fd = os.open(directory, kernel.DIRECTORY)
         try:
             with _explained(display(str(directory))):

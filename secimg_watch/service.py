@@ -53,6 +53,7 @@ _GATHER: Final = 0.002  # seconds: about one sync of a disk, and it serves all t
 _BATCH: Final = 64  # verified objects that are committed together at most
 _IDLE: Final = 1.0  # seconds that a worker waits for a job before it shows a sign of life
 _STOP: Final = 20.0  # seconds that a job in hand may still take; below TimeoutStopSec
+_POLL: Final = 0.02  # seconds between two looks whether everything is done
 _TRIM: Final = 600.0  # seconds between two clean-ups of the queue
 _FIRST_PAUSE: Final = 1.0
 _LAST_PAUSE: Final = 60.0
@@ -441,6 +442,29 @@ class Service:
             if before is None:
                 log.warning("folder %s: paused: %s", key, fault)
             self._paused[key] = _Pause(time.monotonic() + length, length, str(fault))
+
+    def drain(self, show: Callable[[int, int | None], None]) -> int:
+        """Take everything that is ready, and stop; how many pictures that sealed.
+
+        The service has been opened. ``show`` is told how many are sealed by now, and of how many.
+
+        Raises:
+            NotReadyError: key or vault is not there, or a thread died.
+            ConfigError, NotAllowedError: as for `admit`.
+            QueueError: the queue fails.
+        """
+        self.admit()
+        if self.waiting_for():
+            raise NotReadyError(self.waiting_for())
+        before = self.jobs.sealed_total()
+        self.start()
+        while not self.is_idle():
+            done = self.jobs.sealed_total() - before
+            show(done, done + self.jobs.pending())
+            self.refuse_dead_threads()
+            time.sleep(_POLL)
+        self.stop()
+        return self.jobs.sealed_total() - before
 
     # -- the owner's loop ----------------------------------------------------------------------
 

@@ -102,6 +102,8 @@ class Vault:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             (self.path / "tmp").mkdir(mode=0o700, exist_ok=True)
             self._make_shards()
+            # Before there is a vault.json: where it stands, the vault will be found again.
+            kernel.sync_above(self.path)
             self.write_info(info)
         except OSError as error:
             message = f"the vault {self.path} cannot be made: {error.strerror}"

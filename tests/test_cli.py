@@ -31,6 +31,7 @@ COMMANDS = [
     *("quickstart", "init", "check", "run", "drain", "status", "why"),
     *("jobs list", "jobs quarantine", "jobs retry", "key init", "key list"),
     *("vault list", "vault show", "vault restore", "vault verify", "encrypt", "decrypt"),
+    "crash-test",
 ]
 
 

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING
 import click
 
 from secimg_watch import __version__
-from secimg_watch.cli import auditing, keys, oneoff, rekeying, running, setup, terminal, vaults
+from secimg_watch.cli import (
+    auditing,
+    crashtest,
+    keys,
+    oneoff,
+    rekeying,
+    running,
+    setup,
+    terminal,
+    vaults,
+)
 from secimg_watch.cli.app import PATH, App
 from secimg_watch.errors import UsageError
 
@@ -47,6 +57,7 @@ for command in (
     vaults.vault,
     keys.key,
     auditing.audit,
+    crashtest.crash_test,
     oneoff.encrypt,
     oneoff.decrypt,
 ):

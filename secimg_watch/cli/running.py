@@ -44,7 +44,6 @@ log = logging.getLogger("secimg_watch.run")
 
 _TICK: Final = 1.0
 _STARTING: Final = 30.0  # seconds that systemd is asked for before recovery is through
-_POLL: Final = 0.02
 
 
 class _Signals:
@@ -197,19 +196,8 @@ def drain(app: App) -> int:
     service = Service(app.policy(), native=False)
     service.open()
     try:
-        service.admit()
-        if service.waiting_for():
-            raise NotReadyError(service.waiting_for())
-        before = service.jobs.sealed_total()
-        service.start()
         with terminal.progress("sealing") as show:
-            while not service.is_idle():
-                done = service.jobs.sealed_total() - before
-                show(done, done + service.jobs.pending())
-                service.refuse_dead_threads()
-                time.sleep(_POLL)
-        service.stop()
-        sealed = service.jobs.sealed_total() - before
+            sealed = service.drain(show)
         final = service.report(running=False)
         report.write(service.policy.state, final)
         return _tell_drained(app, sealed, final)

@@ -79,10 +79,13 @@ def details(fields: Mapping[str, object]) -> None:
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int | None = None) -> Iterator[Callable[[int, int | None], None]]:
+def progress(
+    what: str, total: int | None = None, *, thread: bool = True
+) -> Iterator[Callable[[int, int | None], None]]:
     """A progress bar on a terminal, nothing elsewhere.
 
-    Gives a function that takes how many are done, and the total if it changed.
+    Gives a function that takes how many are done, and the total if it changed. Without
+    ``thread`` the bar moves with its calls alone, for a process that forks meanwhile.
     """
     if not sys.stderr.isatty():
         yield lambda _done, _total: None
@@ -96,12 +99,18 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[int, int
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=thread) as bar:
         task = bar.add_task(what, total=total)
 
         def show(done: int, new_total: int | None) -> None:
-            bar.update(task, completed=done, total=total if new_total is None else new_total)
+            total_now = total if new_total is None else new_total
+            bar.update(task, completed=done, total=total_now, refresh=not thread)
 
         yield show
 
