@@ -265,7 +265,8 @@ class Service:
         self._workers = [
             _Worker(f"worker {n}", self._work) for n in range(self.policy.worker_count)
         ]
-        for worker in self._threads():
+        self._finisher.thread.start()  # first: a worker hands over to one that is alive
+        for worker in self._workers:
             worker.thread.start()
 
     def _start_inspector(self) -> None:
