@@ -325,10 +325,14 @@ class Monitor(threading.Thread):
 
     def _look_again(self, root: Root) -> None:
         # Nobody says when a file that is passed over goes: a rename is heard by its new name only.
+        # Nor when it has one name again, after whoever may not overwrite linked and unlinked it.
         for relpath in list(islice(self._heard, _LOOKS)):
-            if look(root.fd, relpath, self._selection) is None:
+            found = look(root.fd, relpath, self._selection)
+            if found is None or found.passed is None:
                 self._heard.discard(relpath)
                 self._passed.pop(relpath, None)
+            if found is not None and found.passed is None:
+                self._see(found)
 
     def _scan_below(self, root: Root, relpath: str) -> None:
         # A sub-folder that is new, or was moved in with all that is in it: files may have been
@@ -352,6 +356,7 @@ class Monitor(threading.Thread):
         for found in scan(root.fd, self._selection):
             seen[found.relpath] = found.identity
             self._see(found)
+            self._heard.update([found.relpath] if found.passed is Passed.HARD_LINK else [])
             self._beat = time.monotonic()
         vanished = self._tracker.retain(seen.keys())
         if vanished:
