@@ -439,6 +439,8 @@ class Service:
         ]
         for key in concerned:
             before = self._paused.get(key)
+            if before is not None and time.monotonic() < before.until:
+                continue  # of the jobs that were in hand together, each meets the same fault
             length = min(before.length * 2, _LAST_PAUSE) if before else _FIRST_PAUSE
             if before is None:
                 log.warning("folder %s: paused: %s", key, fault)
