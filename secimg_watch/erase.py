@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from secimg_watch.records import Job
     from secimg_watch.roots import Root
 
 # For good, as far as this file is concerned: rights, a read-only file system, or a ``move:``
@@ -103,7 +104,7 @@ def _move_away(claimed: Claimed, target: Path) -> None:
         kernel.sync_above(directory)
     fd = os.open(directory, kernel.DIRECTORY)
     try:
-        taken = job.object_id + os.path.splitext(name)[1]
+        taken = _other_name(job)
         for candidate in (name, taken):
             try:
                 kernel.rename_noreplace(
@@ -117,6 +118,30 @@ def _move_away(claimed: Claimed, target: Path) -> None:
         kernel.sync_directory(fd)
     finally:
         os.close(fd)
+
+
+def undo_half_move(job: Job, staging: int, target: Path) -> None:
+    """Take away the second name that a process made in ``target`` before it died.
+
+    Where a file system cannot rename without overwriting, `_move_away` links and unlinks. The
+    name in the staging directory stays, so that the whole way is gone once more.
+    """
+    status = os.stat(f"{job.object_id}/{job.relpath}", dir_fd=staging, follow_symlinks=False)
+    folder, _, name = job.relpath.rpartition("/")
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        fd = os.open(target / folder, kernel.DIRECTORY)
+        try:
+            for candidate in (name, _other_name(job)):
+                with contextlib.suppress(FileNotFoundError):
+                    second = os.stat(candidate, dir_fd=fd, follow_symlinks=False)
+                    if (second.st_dev, second.st_ino) == (status.st_dev, status.st_ino):
+                        os.unlink(candidate, dir_fd=fd)
+        finally:
+            os.close(fd)
+
+
+def _other_name(job: Job) -> str:
+    return job.object_id + os.path.splitext(job.relpath)[1]
 
 
 def _refuse_if_swapped(claimed: Claimed) -> None:

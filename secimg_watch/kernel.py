@@ -193,6 +193,31 @@ def rename_noreplace(source: str, target: str, *, source_dir: int, target_dir: i
     os.unlink(source, dir_fd=source_dir)
 
 
+def nameless_file(directory: int, mode: int) -> int | None:
+    """Open a new file for writing that has no name yet, and goes with its descriptor.
+
+    ``None`` where there are none: another system, another file system, or no ``/proc``.
+    """
+    if sys.platform == "linux" and os.access("/proc/self/fd", os.X_OK):
+        flags = os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC
+        try:
+            return os.open(".", flags, mode, dir_fd=directory)
+        except OSError as error:
+            if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL}:
+                raise
+    return None
+
+
+def give_name(fd: int, name: str, *, target_dir: int) -> None:
+    """Give a `nameless_file` its name, without ever overwriting.
+
+    Raises:
+        FileExistsError: the name is taken.
+        OSError: as link(2).
+    """
+    os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=target_dir)  # followed: open(2), O_TMPFILE
+
+
 def _renameat2(source: str, target: str, source_dir: int, target_dir: int) -> bool:
     function = getattr(_libc(), "renameat2", None)
     if function is None:

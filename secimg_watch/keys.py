@@ -474,11 +474,20 @@ class File(_Provider):
         Raises:
             CannotCreateError: its directory cannot be written.
         """
+        self._remove_left()
         _replace(self, ring, lambda line: self._write(line, os.replace))
+
+    def _remove_left(self) -> None:
+        # A process that died left keys there, which may be retired since. Only one at a time
+        # replaces them, and none stores where there are some.
+        with contextlib.suppress(OSError):
+            for name in os.listdir(self.path.parent):
+                if name.startswith(f".{self.path.name}.") and name.endswith(".part"):
+                    os.unlink(self.path.with_name(name))
 
     def _write(self, line: str, publish: Callable[[Path, Path], None] = os.link) -> None:
         # A link never replaces: of two keys stored at once, the first stays.
-        temporary = self.path.with_name(f".{secrets.token_hex(16)}.part")
+        temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(16)}.part")
         try:
             try:
                 write_private(temporary, line, like=self.path)

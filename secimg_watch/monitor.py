@@ -21,7 +21,7 @@ from secimg_watch.errors import FolderGoneError, QueueError, SecimgError
 from secimg_watch.names import display
 from secimg_watch.records import Arrival, FolderKey, Proof, Settled
 from secimg_watch.roots import Root
-from secimg_watch.scan import Found, look, scan
+from secimg_watch.scan import Found, is_gone, look, scan
 from secimg_watch.selection import STAGING_NAME, Passed, Selection
 from secimg_watch.settle import Candidate, Evidence, Missing, ProofRule, Tracker, judge
 
@@ -343,8 +343,10 @@ class Monitor(threading.Thread):
             for found in scan(root.fd, self._selection, relpath):
                 self._see(found)
                 self._beat = time.monotonic()
-        except OSError:
-            return  # gone again; the next full scan knows
+        except OSError as error:
+            if not is_gone(error):
+                raise
+            # gone again; the next full scan knows
 
     def _scan_if_due(self, root: Root) -> None:
         started = time.monotonic()
@@ -396,13 +398,13 @@ class Monitor(threading.Thread):
         complete = []
         for candidate in self._tracker.due(now):
             self._beat = time.monotonic()
-            if look(root.fd, candidate.relpath, self._selection) is None:
-                # Gone, or claimed by a worker for a job that outlived the process before.
-                self._tracker.forget(candidate.relpath)
-                continue
             verdict = judge(self._rule, self.policy.settle, self._evidence(root, candidate))
             if isinstance(verdict, Proof):
                 complete.append(self._settled(candidate, verdict))
+            elif look(root.fd, candidate.relpath, self._selection) is None:
+                # Gone, or claimed by a worker for a job that outlived the process before. Asked
+                # last: it may have gone while its proof was looked for.
+                self._tracker.forget(candidate.relpath)
             else:
                 self._postpone(candidate, verdict, now)
         if complete:

@@ -1,9 +1,10 @@
 """At start, and whenever a folder comes back: the queue is made to agree with the disk.
 
-Nothing is sealed or deleted here. Every file in a staging directory gets its job back under the
-object id that its directory is named after; the pipeline then does what is still to do, which
-for a committed object is to verify it anew and finish the deletion. Doing all this twice, or
-being killed in the middle of it, changes nothing.
+Nothing is sealed here, and nothing deleted but a second name that an earlier process made. Every
+file in a staging directory gets its job back under the object id that its directory is named
+after; the pipeline then does what is still to do, which for a committed object is to verify it
+anew and finish the deletion. Doing all this twice, or being killed in the middle of it, changes
+nothing.
 """
 
 from __future__ import annotations
@@ -13,21 +14,27 @@ import time
 from typing import TYPE_CHECKING
 
 from secimg_watch import kernel
+from secimg_watch.erase import undo_half_move
 from secimg_watch.jobs import State
 from secimg_watch.records import FolderKey, Identity, Job, ObjectId, Proof
 from secimg_watch.roots import QUARANTINE_NAME, only_file, remove_empty
 from secimg_watch.vault import is_object_id
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from secimg_watch.jobs import Jobs
     from secimg_watch.roots import Root
 
 
-def recover_folder(folder: FolderKey, root: Root, jobs: Jobs) -> int:
-    """Queue every claimed file of a folder, list every quarantined one; how many were claimed."""
+def recover_folder(folder: FolderKey, root: Root, jobs: Jobs, move_to: Path | None = None) -> int:
+    """Queue every claimed file of a folder, list every quarantined one; how many were claimed.
+
+    ``move_to``: where plaintexts go by the policy, if they do.
+    """
     found = 0
     for name in root.entries():
-        if is_object_id(name) and _adopt(folder, root, jobs, name, State.QUEUED):
+        if is_object_id(name) and _adopt(folder, root, jobs, name, State.QUEUED, move_to):
             found += 1
     for name in root.entries(QUARANTINE_NAME):
         if is_object_id(name):
@@ -35,7 +42,14 @@ def recover_folder(folder: FolderKey, root: Root, jobs: Jobs) -> int:
     return found
 
 
-def _adopt(folder: FolderKey, root: Root, jobs: Jobs, path: str, state: State) -> bool:
+def _adopt(
+    folder: FolderKey,
+    root: Root,
+    jobs: Jobs,
+    path: str,
+    state: State,
+    move_to: Path | None = None,
+) -> bool:
     assert root.staging is not None  # noqa: S101 - there are entries, so there is a directory
     try:
         directory = os.open(path, kernel.DIRECTORY, dir_fd=root.staging.fd)
@@ -62,5 +76,7 @@ def _adopt(folder: FolderKey, root: Root, jobs: Jobs, path: str, state: State) -
         attempts=0,
         first_seen_ns=time.time_ns(),
     )
+    if status.st_nlink > 1 and move_to is not None:
+        undo_half_move(job, root.staging.fd, move_to)
     jobs.adopt(job, state, "" if state is State.QUEUED else "found in quarantine")
     return True

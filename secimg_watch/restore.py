@@ -3,7 +3,9 @@
 Folder and name of an object were chosen by whoever sent the picture. They are walked one
 component at a time with directory descriptors and never through a symbolic link, so that no
 name leads out of the directory, also while somebody else renames things in it. A file appears
-under its name only when it is whole and synced, and never in place of anything.
+under its name only when it is whole and synced, and never in place of anything. Until then it has
+no name at all where the file system can do that, so that a run that is killed leaves nothing in
+clear behind; elsewhere it has a temporary one.
 """
 
 from __future__ import annotations
@@ -100,20 +102,24 @@ class Destination:
 
 
 class RestoredFile:
-    """A file on its way: written under a temporary name, then published or discarded.
+    """A file on its way: written without its name, then published or discarded.
 
     As a context manager it discards what was not committed.
     """
 
     def __init__(self, parent: int, target: str, shown: str, allowed: int) -> None:
-        """Open the temporary file; `Destination.place` does. ``parent`` is owned from here on."""
+        """Open the new file; `Destination.place` does. ``parent`` is owned from here on."""
         self._parent = parent
         self._target = target
         self._shown = shown
         self._allowed = allowed
-        # Watchers, ours among them, take a name that ends in .part for unfinished.
-        self._temporary = f".{secrets.token_hex(16)}.part"
-        self._fd = os.open(self._temporary, _NEW_FILE, _OWNER_ONLY, dir_fd=parent)
+        self._temporary = ""
+        fd = kernel.nameless_file(parent, _OWNER_ONLY)
+        if fd is None:
+            # Watchers, ours among them, take a name that ends in .part for unfinished.
+            self._temporary = f".{secrets.token_hex(16)}.part"
+            fd = os.open(self._temporary, _NEW_FILE, _OWNER_ONLY, dir_fd=parent)
+        self._fd = fd
 
     def __enter__(self) -> Self:
         """Give itself."""
@@ -155,18 +161,22 @@ class RestoredFile:
                     os.chmod(self._fd, (mode & _PERMISSIONS & self._allowed) | _OWNER_ONLY)
                 os.utime(self._fd, ns=(moment, moment))
                 os.fsync(self._fd)
-                _publish(self._temporary, self._target, self._parent)
+                if self._temporary:
+                    _publish(self._temporary, self._target, self._parent)
+                else:
+                    kernel.give_name(self._fd, self._target, target_dir=self._parent)
                 kernel.sync_directory(self._parent)
         finally:
             self.discard()
 
     def discard(self) -> None:
-        """Remove the temporary file. After a commit, or a second time, it does nothing."""
+        """Remove the unfinished file. After a commit, or a second time, it does nothing."""
         if self._fd < 0:
             return
         # Already gone where it was published, and beyond help where the disk fails.
-        with contextlib.suppress(OSError):
-            os.unlink(self._temporary, dir_fd=self._parent)
+        if self._temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(self._temporary, dir_fd=self._parent)
         os.close(self._fd)
         os.close(self._parent)
         # A late call must not meet a descriptor that somebody else was given meanwhile.

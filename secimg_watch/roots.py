@@ -7,6 +7,7 @@ that whoever renames, replaces or mounts over them changes nothing for the work 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from typing import TYPE_CHECKING
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 
 QUARANTINE_NAME = "quarantine"
 """Inside the staging directory: what was given up on, one directory an object id."""
+
+# For good, as far as this folder is concerned, or until its disk has space again.
+_NO_STAGING = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
+    | {errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT}
+)
 
 
 class Directory:
@@ -53,7 +60,8 @@ class Root:
             staging: another staging directory than the default one in the folder's root.
 
         Raises:
-            FolderGoneError: the folder is not there, or is no directory.
+            FolderGoneError: the folder is not there, or is no directory, or its staging directory
+                does not answer.
             NotAllowedError: the staging directory belongs to somebody else.
         """
         self.path = path
@@ -84,6 +92,10 @@ class Root:
                 os.mkdir(self.staging_path, 0o700)
             staging = Directory(os.open(self.staging_path, kernel.DIRECTORY))
         except OSError as error:
+            if error.errno not in _NO_STAGING:
+                # What was claimed before lies there, and would not be found.
+                reason = f"the staging directory does not answer: {error.strerror}"
+                raise FolderGoneError(reason) from error
             self.why_no_staging = f"no staging directory: {error.strerror}"
             return None
         _refuse_if_not_ours(staging, self.staging_path)

@@ -32,10 +32,10 @@ def scan(root: int, selection: Selection, below: str = "") -> Iterator[Found]:
     """Every file under the directory descriptor ``root``, or under its sub-folder ``below``.
 
     Directories are opened one by one, without following links, and closed before the next; what
-    vanishes or cannot be opened while walking is left out.
+    vanishes while walking is left out.
 
     Raises:
-        OSError: ``root`` or ``below`` itself cannot be opened.
+        OSError: ``root`` or ``below`` itself cannot be opened, or the disk does not answer.
     """
     pending = [below]
     while pending:
@@ -45,8 +45,8 @@ def scan(root: int, selection: Selection, below: str = "") -> Iterator[Found]:
         except OSError as error:
             if relative == below:
                 raise
-            if error.errno not in {errno.ENOENT, errno.ENOTDIR}:
-                yield Found(relative, _NOWHERE, Passed.UNREADABLE)
+            if not is_gone(error):
+                yield _refused(relative, error)
             continue
         try:
             yield from _list(directory, relative, selection, pending)
@@ -55,17 +55,19 @@ def scan(root: int, selection: Selection, below: str = "") -> Iterator[Found]:
 
 
 def look(root: int, relpath: str, selection: Selection) -> Found | None:
-    """One path as a scan would find it; ``None`` where there is nothing, or a directory."""
+    """One path as a scan would find it; ``None`` where there is nothing, or a directory.
+
+    Raises:
+        OSError: the disk does not answer.
+    """
     try:
         parent, name = kernel.open_parent(root, relpath)
-    except OSError:
-        return None
-    try:
-        status = os.stat(name, dir_fd=parent, follow_symlinks=False)
-    except OSError:
-        return None
-    finally:
-        os.close(parent)
+        try:
+            status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        finally:
+            os.close(parent)
+    except OSError as error:
+        return None if is_gone(error) else _refused(relpath, error)
     return None if stat.S_ISDIR(status.st_mode) else _found(relpath, status, selection)
 
 
@@ -87,12 +89,25 @@ def _list(
             relpath = f"{relative}/{entry.name}" if relative else entry.name
             try:
                 status = entry.stat(follow_symlinks=False)
-            except OSError:
+            except OSError as error:
+                if not is_gone(error):
+                    yield _refused(relpath, error)
                 continue
             if not stat.S_ISDIR(status.st_mode):
                 yield _found(relpath, status, selection)
             elif selection.enters(relpath):
                 pending.append(relpath)
+
+
+def is_gone(error: OSError) -> bool:
+    """Whether a path leads nowhere any more; a disk that does not answer says nothing of it."""
+    return error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
+
+
+def _refused(relpath: str, error: OSError) -> Found:
+    if error.errno not in {errno.EACCES, errno.EPERM}:
+        raise error
+    return Found(relpath, _NOWHERE, Passed.UNREADABLE)
 
 
 def _found(relpath: str, status: os.stat_result, selection: Selection) -> Found:

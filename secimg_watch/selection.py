@@ -27,7 +27,7 @@ class Passed(StrEnum):
     HARD_LINK = "it has more than one name; deleting one would leave the others in clear"
     DIRECTORY = "it is a directory"
     SPECIAL = "it is a FIFO, socket or device"
-    UNREADABLE = "it is a sub-folder that cannot be opened"
+    UNREADABLE = "it is, or lies in, a sub-folder that may not be opened"
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,14 +229,21 @@ class Service:
                 )
             vault_id = self._check(name, vault, keys).vault_id
             vault.lock()
-        except NotReadyError as error:
-            if self._absent.get(name) != str(error):
-                log.warning("vault %s: %s", name, error)
-            self._absent[name] = str(error)
+            vault.discard_temporaries()
+        except (NotReadyError, StorageError, OSError) as error:
+            vault.unlock()
+            reason = str(error)
+            if isinstance(error, OSError):
+                reason = f"the vault {vault.path} does not answer: {error.strerror}"
+            self._wait_for_vault(name, reason)
             return
-        vault.discard_temporaries()
         self._absent.pop(name, None)
         self._vault_ids[name] = vault_id
+
+    def _wait_for_vault(self, name: str, reason: str) -> None:
+        if self._absent.get(name) != reason:
+            log.warning("vault %s: %s", name, reason)
+        self._absent[name] = reason
 
     def waiting_for(self) -> str:
         """What must be there before anything can be sealed, and is not; "" where nothing is."""
@@ -278,7 +285,8 @@ class Service:
             log.error("%s; pictures are sealed without being inspected", error)
 
     def _attach(self, key: FolderKey, root: Root) -> None:
-        found = recover_folder(key, root, self.jobs)
+        move_to = self._monitors[key].policy.after.directory
+        found = recover_folder(key, root, self.jobs, move_to)
         if found:
             log.info("folder %s: %d claimed files are taken up again", key, found)
 
@@ -428,6 +436,7 @@ class Service:
     def _pause(self, folder: FolderKey, fault: NotReadyError) -> None:
         vault = self._monitors[folder].policy.vault
         if isinstance(fault, VaultGoneError):
+            self._wait_for_vault(vault, str(fault))
             # Nothing more is written there until key and vault were checked against each other.
             self._vault_ids.pop(vault, None)
             self.vaults[vault].unlock()
@@ -477,9 +486,12 @@ class Service:
         Raises:
             ConfigError: the key turned out to be missing, insecure or wrong.
         """
-        incomplete = len(self._vault_ids) < len(self.vaults)
+        incomplete = self._keys is None or len(self._vault_ids) < len(self.vaults)
         if incomplete and time.monotonic() >= self._next_key_try:
-            self.admit()
+            try:
+                self.admit()
+            except NotReadyError as fault:  # the audit log: nothing is sealed before it is there
+                self._wait_for_key(str(fault))
             self._next_key_try = time.monotonic() + _KEY_RETRY
         self._end_idle_pauses()
         if time.monotonic() - self._trimmed > _TRIM:

@@ -34,6 +34,8 @@ from secimg_watch.errors import (
     DiskFullError,
     NoInputError,
     NotAllowedError,
+    NotReadyError,
+    SecimgError,
     StorageError,
     VaultGoneError,
 )
@@ -194,13 +196,13 @@ class Vault:
 
         Raises:
             AlreadyRunningError: another process is.
-            NotAllowedError: the vault cannot be written.
+            NotAllowedError: the vault may not be written.
+            NotReadyError: its disk is full, or does not answer.
         """
         try:
             self._lock_fd = kernel.lock_exclusively(self.path / "lock")
         except OSError as error:
-            message = f"the vault {self.path} cannot be written: {error.strerror}"
-            raise NotAllowedError(message) from error
+            raise self._unwritable(error) from error
         if self._lock_fd is None:
             raise AlreadyRunningError(f"another process writes to the vault {self.path}")
         self._node = self._look()
@@ -211,6 +213,13 @@ class Vault:
         except OSError:
             return None
         return status.st_dev, status.st_ino
+
+    def _unwritable(self, error: OSError) -> SecimgError:
+        if error.errno in _OUT_OF_SPACE:
+            return DiskFullError(f"the vault {self.path} is full")
+        refused = error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}
+        kind = NotAllowedError if refused else NotReadyError
+        return kind(f"the vault {self.path} cannot be written: {error.strerror}")
 
     @property
     def is_locked(self) -> bool:
@@ -333,17 +342,15 @@ class Vault:
 
         Raises:
             AlreadyRunningError: another process is.
-            NotAllowedError: the vault cannot be written.
+            NotAllowedError: the vault may not be written.
+            NotReadyError: its disk is full, or does not answer.
         """
         aside = self.path / "rekey"
         try:
             aside.mkdir(mode=0o700, exist_ok=True)
             fd = kernel.lock_exclusively(aside / "lock")
         except OSError as error:
-            if error.errno in _OUT_OF_SPACE:
-                raise DiskFullError(f"the vault {self.path} is full") from error
-            message = f"the vault {self.path} cannot be written: {error.strerror}"
-            raise NotAllowedError(message) from error
+            raise self._unwritable(error) from error
         if fd is None:
             raise AlreadyRunningError(f"another process changes keys in the vault {self.path}")
         try:

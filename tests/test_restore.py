@@ -72,7 +72,31 @@ def test_content_is_written_in_any_number_of_pieces(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == b"abcdef" + b"g" * 100_000
 
 
-def test_nothing_has_the_final_name_before_the_commit(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every file has a name")
+def test_a_file_has_no_name_at_all_before_the_commit(tmp_path: Path) -> None:
+    with Destination(tmp_path) as destination, destination.place(b"", b"a.png") as file:
+        file.write(b"half")
+        assert entries(tmp_path) == []
+        file.commit(mode=0o600, mtime_ns=NOON_NS)
+    assert entries(tmp_path) == [b"a.png"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every file has a name")
+def test_a_file_without_a_name_replaces_nothing(tmp_path: Path) -> None:
+    with Destination(tmp_path) as destination, destination.place(b"", b"a.png") as file:
+        (tmp_path / "a.png").write_bytes(b"mine")
+        with pytest.raises(CannotCreateError, match="exists already"):
+            file.commit(mode=0o600, mtime_ns=NOON_NS)
+    assert (tmp_path / "a.png").read_bytes() == b"mine"
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system where every file has a name."""
+    monkeypatch.setattr(kernel, "nameless_file", lambda _directory, _mode: None)
+
+
+def test_nothing_has_the_final_name_before_the_commit(tmp_path: Path, named: None) -> None:
     with Destination(tmp_path) as destination, destination.place(b"", b"a.png") as file:
         file.write(b"half")
         [temporary] = entries(tmp_path)
@@ -81,7 +105,9 @@ def test_nothing_has_the_final_name_before_the_commit(tmp_path: Path) -> None:
         assert stat.S_IMODE((tmp_path / os.fsdecode(temporary)).stat().st_mode) == 0o600
 
 
-def test_the_temporary_file_goes_when_an_error_ends_the_restore(tmp_path: Path) -> None:
+def test_the_temporary_file_goes_when_an_error_ends_the_restore(
+    tmp_path: Path, named: None
+) -> None:
     def fail_half_way() -> None:
         with Destination(tmp_path) as destination, destination.place(b"sub", b"a.png") as file:
             file.write(b"half")
@@ -321,7 +347,7 @@ def without_links(_source: str, target: str, *, source_dir: int, target_dir: int
 
 
 def test_a_file_system_without_links_gets_the_file_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, named: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel, "rename_noreplace", without_links)
     restore(tmp_path, b"", b"a.png", b"abc")
@@ -330,7 +356,7 @@ def test_a_file_system_without_links_gets_the_file_too(
 
 
 def test_a_file_system_without_links_keeps_what_has_the_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, named: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel, "rename_noreplace", without_links)
     with Destination(tmp_path) as destination, destination.place(b"", b"a.png") as file:

@@ -47,6 +47,8 @@ DELETES: Final = {
     "restore.py:_allowed_by_umask": "a restore's own probe of what the umask allows",
     "images.py:_replace_file": "a temporary file of the classic calls",
     "keys.py:_write": "a temporary key file",
+    "keys.py:_remove_left": "an earlier process's temporary key files",
+    "erase.py:undo_half_move": "the second name that half a move gave to a claimed file",
     "crashtest.py:crash_test": "the directory that it has made itself",
     "crashtest.py:begin": "what an earlier run left in that directory",
 }
