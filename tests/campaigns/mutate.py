@@ -228,7 +228,8 @@ MUTATIONS: Final = (
     Mutation(
         "claimed files are not taken up again",
         "recovery.py",
-        "        if is_object_id(name) and _adopt(folder, root, jobs, name, State.QUEUED, move_to):",
+        "        if is_object_id(name) and _adopt("
+        "folder, root, jobs, name, State.QUEUED, move_to):",
         "        if False:",
         (*KILL, "drain, one worker"),
     ),
