@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from secimg_watch import kernel
 from secimg_watch.errors import ChangedInHandError
-from secimg_watch.hold import refuse_if_changed
+from secimg_watch.hold import is_unchanged, refuse_if_changed
 from secimg_watch.records import Claimed, Held, Identity, Inspected, Job, ObjectId
-from secimg_watch.roots import QUARANTINE_NAME, Directory, Root
+from secimg_watch.roots import LONGEST_CLAIM, QUARANTINE_NAME, Directory, Root, remove_directories
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -41,87 +41,82 @@ def claim(inspected: Inspected, root: Root, hands: ExitStack, *, move: bool) -> 
         move: false where the policy keeps the plaintext; then nothing is moved.
 
     Raises:
-        ChangedInHandError: the name was swapped, or the file written to, in the meantime. A file
-            that was moved by mistake is back under its name, or, if that is taken, stays in
-            the staging directory under this job's id.
+        ChangedInHandError: the name was swapped, or the file written to, in the meantime. What
+            was moved by mistake is back under its name. If that is taken, a file stays in the
+            staging directory under this job's id, and anything else gets that for a name.
         OSError: the system failed the move.
     """
     held = inspected.held
     if held.claimed:
         refuse_if_changed(held, held.identity)
         return Claimed(inspected, held.parent, held.name, held.identity, in_place=False)
-    if not move or root.staging is None or not _move(held, root.staging):
+    moved = _move(held, root, hands) if move and root.staging is not None else None
+    if moved is None:
         refuse_if_changed(held, held.identity)
         return Claimed(inspected, held.parent, held.name, held.identity, in_place=True)
-    parent = os.open(held.job.object_id, kernel.DIRECTORY, dir_fd=root.staging.fd)
-    hands.callback(os.close, parent)
-    relpath = held.job.relpath
-    moved = Identity.of(os.stat(relpath, dir_fd=parent, follow_symlinks=False))
-    if not moved.same_content(held.identity):
-        _give_back(held, relpath, parent)
-        remove_directories(root.staging.fd, held.job.object_id, relpath)
-        raise ChangedInHandError("the file was replaced under its name")
-    refuse_if_changed(held, moved)
-    return Claimed(inspected, parent, relpath, moved, in_place=False)
+    parent, identity = moved
+    refuse_if_changed(held, identity)
+    return Claimed(inspected, parent, held.name, identity, in_place=False)
 
 
-def _move(held: Held, staging: Directory) -> bool:
-    target = held.job.object_id
+def _move(held: Held, root: Root, hands: ExitStack) -> tuple[int, Identity] | None:
+    """Move a file into the staging directory; ``None`` where it cannot be moved.
+
+    Gives a descriptor of the directory where it lies now, which ``hands`` closes.
+
+    Raises:
+        ChangedInHandError: the name led to something else, or the staging directory is gone.
+        OSError: the system failed the move.
+    """
+    assert root.staging is not None  # noqa: S101 - asked by everybody who calls this
+    folders = os.path.dirname(f"{held.job.object_id}/{held.job.relpath}")
     try:
-        _make_directories(staging.fd, target, held.job.relpath)
-        os.rename(
-            held.name,
-            f"{target}/{held.job.relpath}",
-            src_dir_fd=held.parent,
-            dst_dir_fd=staging.fd,
-        )
+        parent = _make_directories(root.staging, folders, held.name)
+        hands.callback(os.close, parent)
+        os.rename(held.name, held.name, src_dir_fd=held.parent, dst_dir_fd=parent)
     except OSError as error:
-        remove_directories(staging.fd, target, held.job.relpath)
+        remove_directories(root.staging.fd, folders)
+        if isinstance(error, FileNotFoundError) and is_unchanged(held.job, root):
+            raise ChangedInHandError("the staging directory was removed") from error
         if error.errno not in _CANNOT_MOVE:
             raise
-        return False
-    return True
+        return None
+    status = os.stat(held.name, dir_fd=parent, follow_symlinks=False)
+    moved = Identity.of(status)
+    if not moved.same_content(held.identity):
+        _give_back(held, root, parent, status.st_mode)
+        remove_directories(root.staging.fd, folders)
+        raise ChangedInHandError("the file was replaced under its name")
+    return parent, moved
 
 
-def _move_held(held: Held, staging: Directory) -> bool:
-    """`_move`, unless the name leads to another file by now: that one is given back."""
-    if not _move(held, staging):
-        return False
-    object_id, relpath = held.job.object_id, held.job.relpath
-    parent = os.open(object_id, kernel.DIRECTORY, dir_fd=staging.fd)
-    try:
-        moved = Identity.of(os.stat(relpath, dir_fd=parent, follow_symlinks=False))
-        if moved.same_content(held.identity):
-            return True
-        _give_back(held, relpath, parent)
-    finally:
-        os.close(parent)
-    remove_directories(staging.fd, object_id, relpath)
-    return False
+def _make_directories(staging: Directory, folders: str, name: str) -> int:
+    if len(os.fsencode(f"{folders}/{name}")) > LONGEST_CLAIM:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    parent = os.dup(staging.fd)
+    for folder in folders.split("/"):
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder, 0o700, dir_fd=parent)
+            child = os.open(folder, kernel.DIRECTORY, dir_fd=parent)
+        finally:
+            os.close(parent)
+        parent = child
+    return parent
 
 
-def _make_directories(staging: int, object_id: str, relpath: str) -> None:
-    # The staging directory is ours alone (0700), so nothing below it can be a planted link.
-    path = object_id
-    for folder in ("", *relpath.split("/")[:-1]):
-        path = f"{path}/{folder}" if folder else path
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700, dir_fd=staging)
-
-
-def _give_back(held: Held, relpath: str, parent: int) -> None:
+def _give_back(held: Held, root: Root, parent: int, mode: int) -> None:
     with contextlib.suppress(OSError):
-        kernel.rename_noreplace(relpath, held.name, source_dir=parent, target_dir=held.parent)
-
-
-def remove_directories(staging: int, object_id: str, relpath: str) -> None:
-    """Remove the directories of a claim from the deepest up, as far as they are empty."""
-    path = f"{object_id}/{relpath}"
-    while "/" in path:
-        path = path.rsplit("/", 1)[0]
-        # A claim that failed half-way made some of them only.
+        kernel.rename_noreplace(held.name, held.name, source_dir=parent, target_dir=held.parent)
+        return
+    if stat.S_ISREG(mode):
+        return
+    # A directory that somebody else may have open must not stay among the claims. Nobody knows
+    # the object's id yet, so nothing is there that this could replace.
+    for directory in (held.parent, root.fd):
         with contextlib.suppress(OSError):
-            os.rmdir(path, dir_fd=staging)
+            os.rename(held.name, held.job.object_id, src_dir_fd=parent, dst_dir_fd=directory)
+            return
 
 
 def set_aside(job: Job, held: Held | None, root: Root) -> bool:
@@ -133,14 +128,24 @@ def set_aside(job: Job, held: Held | None, root: Root) -> bool:
     if root.staging is None:
         return False
     staging = root.staging.fd
-    if not root.has_staged(job.object_id) and (held is None or not _move_held(held, root.staging)):
+    if not root.has_staged(job.object_id) and (held is None or not _is_moved(held, root)):
         return False
     with contextlib.suppress(FileExistsError):
         os.mkdir(QUARANTINE_NAME, 0o700, dir_fd=staging)
-    object_id = job.object_id
-    os.rename(object_id, f"{QUARANTINE_NAME}/{object_id}", src_dir_fd=staging, dst_dir_fd=staging)
+    quarantine = os.open(QUARANTINE_NAME, kernel.DIRECTORY, dir_fd=staging)
+    try:
+        os.rename(job.object_id, job.object_id, src_dir_fd=staging, dst_dir_fd=quarantine)
+        kernel.sync_directory(quarantine)
+    finally:
+        os.close(quarantine)
     kernel.sync_directory(staging)
     return True
+
+
+def _is_moved(held: Held, root: Root) -> bool:
+    with contextlib.ExitStack() as hands, contextlib.suppress(ChangedInHandError):
+        return _move(held, root, hands) is not None
+    return False
 
 
 def remove_marker(root: Root, relpath: str) -> None:
@@ -169,13 +174,14 @@ def rename_claim(root: Root, object_id: ObjectId, new_id: ObjectId) -> None:
 def take_back(object_id: ObjectId, staging: Directory) -> bool:
     """Move a quarantined file back among the claimed ones; false where it is not there."""
     try:
-        os.rename(
-            f"{QUARANTINE_NAME}/{object_id}",
-            object_id,
-            src_dir_fd=staging.fd,
-            dst_dir_fd=staging.fd,
-        )
+        quarantine = os.open(QUARANTINE_NAME, kernel.DIRECTORY, dir_fd=staging.fd)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    try:
+        os.rename(object_id, object_id, src_dir_fd=quarantine, dst_dir_fd=staging.fd)
     except FileNotFoundError:
         return False
+    finally:
+        os.close(quarantine)
     kernel.sync_directory(staging.fd)
     return True

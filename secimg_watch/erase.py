@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from secimg_watch import kernel
-from secimg_watch.claim import remove_directories
 from secimg_watch.errors import ChangedInHandError
 from secimg_watch.hold import refuse_if_changed
 from secimg_watch.records import Claimed, Committed, Erased, Identity
+from secimg_watch.roots import remove_directories
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,8 +82,9 @@ def _take_away(erasure: Erasure) -> None:
     else:
         _move_away(claimed, erasure.move_to)
     if not claimed.in_place and erasure.root.staging is not None:
-        object_id = claimed.inspected.held.job.object_id
-        remove_directories(erasure.root.staging.fd, object_id, claimed.name)
+        job = claimed.inspected.held.job
+        folders = os.path.dirname(f"{job.object_id}/{job.relpath}")
+        remove_directories(erasure.root.staging.fd, folders)
 
 
 def _directory(erasure: Erasure) -> int:
@@ -98,11 +99,7 @@ def _move_away(claimed: Claimed, target: Path) -> None:
     """Move the plaintext into ``target``; never overwrites there."""
     job = claimed.inspected.held.job
     folder, _, name = job.relpath.rpartition("/")
-    directory = target / folder
-    if not directory.is_dir():
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        kernel.sync_above(directory)
-    fd = os.open(directory, kernel.DIRECTORY)
+    fd = _open_folder(target, folder)
     try:
         taken = _other_name(job)
         for candidate in (name, taken):
@@ -120,21 +117,45 @@ def _move_away(claimed: Claimed, target: Path) -> None:
         os.close(fd)
 
 
-def undo_half_move(job: Job, staging: int, target: Path) -> None:
+def _open_folder(target: Path, folder: str) -> int:
+    """Open a sub-folder of the target, and make what is missing of it; the caller closes it.
+
+    Never through a link: others may write there, to collect what is moved.
+    """
+    if not target.is_dir():
+        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        kernel.sync_above(target)
+    here = os.open(os.path.realpath(target), kernel.DIRECTORY)
+    for name in folder.split("/") if folder else ():
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=here)
+                kernel.sync_directory(here)
+            below = os.open(name, kernel.DIRECTORY, dir_fd=here)
+        finally:
+            os.close(here)
+        here = below
+    return here
+
+
+def undo_half_move(job: Job, claimed: os.stat_result, target: Path) -> None:
     """Take away the second name that a process made in ``target`` before it died.
 
     Where a file system cannot rename without overwriting, `_move_away` links and unlinks. The
-    name in the staging directory stays, so that the whole way is gone once more.
+    name in the staging directory, which ``claimed`` is the status of, stays, so that the whole way
+    is gone once more.
     """
-    status = os.stat(f"{job.object_id}/{job.relpath}", dir_fd=staging, follow_symlinks=False)
-    folder, _, name = job.relpath.rpartition("/")
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        fd = os.open(target / folder, kernel.DIRECTORY)
+        top = os.open(os.path.realpath(target), kernel.DIRECTORY)
+        try:
+            fd, name = kernel.open_parent(top, job.relpath)
+        finally:
+            os.close(top)
         try:
             for candidate in (name, _other_name(job)):
                 with contextlib.suppress(FileNotFoundError):
                     second = os.stat(candidate, dir_fd=fd, follow_symlinks=False)
-                    if (second.st_dev, second.st_ino) == (status.st_dev, status.st_ino):
+                    if (second.st_dev, second.st_ino) == (claimed.st_dev, claimed.st_ino):
                         os.unlink(candidate, dir_fd=fd)
         finally:
             os.close(fd)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from secimg_watch.roots import Root
 
 _OTHER_KIND: Final = frozenset({errno.ELOOP, errno.ENXIO, errno.ENODEV})
+_NO_FOLDER: Final = frozenset({errno.ELOOP, errno.ENOTDIR})
 
 
 def hold(job: Job, root: Root, hands: ExitStack) -> Held:
@@ -31,7 +32,7 @@ def hold(job: Job, root: Root, hands: ExitStack) -> Held:
         OSError: it cannot be opened.
     """
     claimed = root.staged(job.object_id)
-    parent, name = claimed or kernel.open_parent(root.fd, job.relpath)
+    parent, name = claimed or _open_parent(job, root)
     hands.callback(os.close, parent)
     try:
         fd = os.open(name, kernel.PICTURE, dir_fd=parent)
@@ -56,6 +57,16 @@ def hold(job: Job, root: Root, hands: ExitStack) -> Held:
         raise kind(f"the file cannot be taken any more: {passed}")
     leased = lease is kernel.Lease.GRANTED
     return Held(job, fd, parent, name, identity, status.st_mode, leased, claimed is not None)
+
+
+def _open_parent(job: Job, root: Root) -> tuple[int, str]:
+    try:
+        return kernel.open_parent(root.fd, job.relpath)
+    except OSError as error:
+        # As above: where a sub-folder was, the picture is not, and this is no failed attempt at it.
+        if error.errno in _NO_FOLDER:
+            raise ChangedInHandError("a folder above the file was replaced") from error
+        raise
 
 
 def is_unchanged(job: Job, root: Root) -> bool:

@@ -65,10 +65,16 @@ _INTO: Final = (
     "INTO job (object_id, folder, name, dev, ino, size, mtime_ns, ctime_ns, proof,"
     " first_seen_ns, state, reason) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)"
 )
-# Rights or owner of a file that still waits may change, and its content stays the same.
+# Rights or owner of a file that still waits may change, and its content stays the same. One that
+# rests is looked at again: what kept it from being taken or deleted may be over, and a producer
+# that sets the times itself may have written something else of the same size.
 _SEEN_AGAIN: Final = (
-    "ON CONFLICT (folder, name, dev, ino, size, mtime_ns)"
-    " DO UPDATE SET ctime_ns = excluded.ctime_ns WHERE state IN ('queued', 'taken')"
+    "ON CONFLICT (folder, name, dev, ino, size, mtime_ns) DO UPDATE SET"
+    " ctime_ns = excluded.ctime_ns,"
+    " attempts = CASE WHEN state IN ('queued', 'taken') THEN attempts ELSE 0 END,"
+    " not_before = CASE WHEN state IN ('queued', 'taken') THEN not_before ELSE 0 END,"
+    " state = CASE state WHEN 'taken' THEN state ELSE 'queued' END"
+    " WHERE ctime_ns <> excluded.ctime_ns AND state <> 'committed'"
 )
 _STILL_THERE: Final = -1  # as a dwell time: sealed, and the plaintext was not deleted
 _COUNT: Final = "INSERT INTO counter VALUES (?,?,?) ON CONFLICT DO UPDATE SET n = n + excluded.n"
@@ -372,6 +378,12 @@ class Jobs:
                 if not stays and object_id not in claimed:
                     gone.append((object_id,))
             self._db.executemany("DELETE FROM job WHERE object_id = ?", gone)
+
+    def unknown(self, object_ids: Collection[str]) -> set[str]:
+        """Which of these names are no job's."""
+        query = "SELECT 1 FROM job WHERE object_id = ?"
+        with self._hold():
+            return {i for i in object_ids if self._db.execute(query, (i,)).fetchone() is None}
 
     def release(self) -> None:
         """From now on nobody waits in `take` any more."""

@@ -20,7 +20,7 @@ from secimg_watch import kernel
 from secimg_watch.errors import FolderGoneError, QueueError, SecimgError
 from secimg_watch.names import display
 from secimg_watch.records import Arrival, FolderKey, Proof, Settled
-from secimg_watch.roots import Root
+from secimg_watch.roots import QUARANTINE_NAME, Root
 from secimg_watch.scan import Found, is_gone, look, scan
 from secimg_watch.selection import STAGING_NAME, Passed, Selection
 from secimg_watch.settle import Candidate, Evidence, Missing, ProofRule, Tracker, judge
@@ -104,6 +104,7 @@ class Monitor(threading.Thread):
         self._passed: dict[str, Passed] = {}
         self._heard: set[str] = set()
         self._told: Counter[Passed] = Counter()
+        self._strays = 0  # in the staging directory, and none of ours
         self._turning = False
         self._beat = time.monotonic()
         self._sight = Sight(Health.STARTING, "", "poll", 0, 0, 0, {}, scanned=False)
@@ -210,6 +211,7 @@ class Monitor(threading.Thread):
             passed={
                 **{why.name.lower(): n for why, n in passed.items() if n},
                 **({"empty": empty} if empty else {}),
+                **({"staging": self._strays} if self._strays else {}),
             },
             scanned=self._scanned > 0,
         )
@@ -363,11 +365,23 @@ class Monitor(threading.Thread):
         vanished = self._tracker.retain(seen.keys())
         if vanished:
             self._jobs.count(self.key, "vanished", vanished)
-        self._jobs.forget_vanished(self.key, seen, root.entries())
+        entries = root.entries()
+        self._jobs.forget_vanished(self.key, seen, entries)
+        self._count_strays(root, entries)
         self._report_passed()
         self._scanned = time.monotonic()
         self._scan_took = self._scanned - started
         self._next_scan = self._scanned + self._interval()
+
+    def _count_strays(self, root: Root, entries: list[str]) -> None:
+        # A row is there before its claim is, and until that is gone: hence the second look.
+        strays = self._jobs.unknown(set(entries) - {QUARANTINE_NAME})
+        count = len(strays.intersection(root.entries())) if strays else 0
+        if count > self._strays:
+            log.warning(
+                "folder %s: left in the staging directory, as no claim (%d)", self.key, count
+            )
+        self._strays = count
 
     def _interval(self) -> float:
         fully_heard = self._watching and not self._refused()[0]

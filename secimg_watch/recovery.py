@@ -9,9 +9,11 @@ nothing.
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from secimg_watch import kernel
 from secimg_watch.erase import undo_half_move
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
 
     from secimg_watch.jobs import Jobs
     from secimg_watch.roots import Root
+
+log = logging.getLogger(__name__)
+
+# Planted by somebody: no reason to leave the whole folder alone.
+_NOT_OURS: Final = frozenset({errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT, errno.ELOOP})
 
 
 def recover_folder(folder: FolderKey, root: Root, jobs: Jobs, move_to: Path | None = None) -> int:
@@ -50,23 +57,18 @@ def _adopt(
     state: State,
     move_to: Path | None = None,
 ) -> bool:
-    assert root.staging is not None  # noqa: S101 - there are entries, so there is a directory
     try:
-        directory = os.open(path, kernel.DIRECTORY, dir_fd=root.staging.fd)
-    except (NotADirectoryError, FileNotFoundError):
-        return False  # none of ours, and never followed; or finished in this very moment
-    try:
-        relpath = only_file(directory)
-        if relpath is None:
-            # The process died between making the directories and the rename, or between the
-            # unlink and removing them.
-            remove_empty(root.staging.fd, path)
-            return False
-        status = os.stat(relpath, dir_fd=directory, follow_symlinks=False)
-    except FileNotFoundError:
+        found = _look_into(root, path)
+    except OSError as error:
+        if error.errno not in _NOT_OURS:
+            raise
+        # Finished in this very moment; or none of ours, and never followed.
+        if error.errno != errno.ENOENT:
+            log.warning("folder %s: claim %s is none: %s", folder, path, error.strerror)
         return False
-    finally:
-        os.close(directory)
+    if found is None:
+        return False
+    relpath, status = found
     job = Job(
         object_id=ObjectId(path.rsplit("/", 1)[-1]),
         folder=folder,
@@ -77,6 +79,30 @@ def _adopt(
         first_seen_ns=time.time_ns(),
     )
     if status.st_nlink > 1 and move_to is not None:
-        undo_half_move(job, root.staging.fd, move_to)
+        undo_half_move(job, status, move_to)
     jobs.adopt(job, state, "" if state is State.QUEUED else "found in quarantine")
     return True
+
+
+def _look_into(root: Root, path: str) -> tuple[str, os.stat_result] | None:
+    assert root.staging is not None  # noqa: S101 - there are entries, so there is a directory
+    above, name = kernel.open_parent(root.staging.fd, path)
+    try:
+        directory = os.open(name, kernel.DIRECTORY, dir_fd=above)
+        try:
+            found = only_file(directory)
+        finally:
+            os.close(directory)
+        if found is None:
+            # The process died between making the directories and the rename, or between the
+            # unlink and removing them.
+            remove_empty(above, name)
+            return None
+    finally:
+        os.close(above)
+    parent, relpath = found
+    try:
+        name = os.path.basename(relpath)
+        return relpath, os.stat(name, dir_fd=parent, follow_symlinks=False)
+    finally:
+        os.close(parent)

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from secimg_watch import kernel
 from secimg_watch.errors import FolderGoneError, NotAllowedError
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 QUARANTINE_NAME = "quarantine"
 """Inside the staging directory: what was given up on, one directory an object id."""
+
+LONGEST_CLAIM: Final = 4095
+"""Bytes in a claim's path below the staging directory, so that a person can name it: PATH_MAX of
+Linux's ``limits.h``, without the NUL."""
 
 # For good, as far as this folder is concerned, or until its disk has space again.
 _NO_STAGING = frozenset(
@@ -62,7 +66,7 @@ class Root:
         Raises:
             FolderGoneError: the folder is not there, or is no directory, or its staging directory
                 does not answer.
-            NotAllowedError: the staging directory belongs to somebody else.
+            NotAllowedError: the staging directory that the policy names belongs to somebody else.
         """
         self.path = path
         try:
@@ -71,7 +75,8 @@ class Root:
             raise FolderGoneError(f"the folder cannot be opened: {error.strerror}") from error
         self.why_no_staging = ""
         self.staging_path = staging or path / STAGING_NAME
-        self.staging = self._open_staging()
+        self.staging = self._open_staging(named=staging is not None)
+        self._is_barred = self.staging is None and os.path.lexists(self.staging_path)
 
     @property
     def fd(self) -> int:
@@ -79,14 +84,18 @@ class Root:
         return self.directory.fd
 
     def is_current(self) -> bool:
-        """Whether the path still leads to the directory that is held open."""
-        try:
-            status = os.stat(self.path)
-        except OSError:
-            return False
-        return (status.st_dev, status.st_ino) == self.directory.node
+        """Whether both paths still lead to the directories that are held open.
 
-    def _open_staging(self) -> Directory | None:
+        Whoever may write to the folder can take an empty staging directory down or move it away.
+        What lies in its place instead may be gone again.
+        """
+        if not _leads_to(self.path, self.directory):
+            return False
+        if self.staging is None:
+            return not self._is_barred or os.path.lexists(self.staging_path)
+        return _leads_to(self.staging_path, self.staging)
+
+    def _open_staging(self, *, named: bool) -> Directory | None:
         try:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self.staging_path, 0o700)
@@ -98,32 +107,49 @@ class Root:
                 raise FolderGoneError(reason) from error
             self.why_no_staging = f"no staging directory: {error.strerror}"
             return None
-        _refuse_if_not_ours(staging, self.staging_path)
+        if not _is_ours(staging):
+            # In the folder anybody may have made it, and must not keep pictures in clear with it.
+            self.why_no_staging = "the staging directory belongs to another user"
+            if not named:
+                return None
+            raise NotAllowedError(
+                f"the staging directory {self.staging_path} belongs to another user",
+                hint="remove it, or name another one with 'staging'",
+            )
+        _close_to_others(staging)
         if staging.node[0] != self.directory.node[0]:
             self.why_no_staging = "the staging directory lies on another file system"
             return None
         return staging
 
     def staged(self, object_id: ObjectId) -> tuple[int, str] | None:
-        """Where a claimed file lies: a descriptor of its directory, and its path there.
+        """Where a claimed file lies: a descriptor of the directory it lies in, and its name.
 
         The caller closes the descriptor. ``None`` where nothing is claimed under that id.
+
+        Raises:
+            OSError: it cannot be looked into.
         """
         if self.staging is None:
             return None
         try:
-            parent = os.open(object_id, kernel.DIRECTORY, dir_fd=self.staging.fd)
+            directory = os.open(object_id, kernel.DIRECTORY, dir_fd=self.staging.fd)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        relpath = only_file(parent)
-        if relpath is None:
-            os.close(parent)
-            return None
-        return parent, relpath
+        try:
+            found = only_file(directory)
+        finally:
+            os.close(directory)
+        return None if found is None else (found[0], os.path.basename(found[1]))
 
     def has_staged(self, object_id: ObjectId) -> bool:
-        """Whether a file is claimed under that id."""
-        found = self.staged(object_id)
+        """Whether a file is claimed under that id, or something that cannot be looked into."""
+        try:
+            found = self.staged(object_id)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
         if found is None:
             return False
         os.close(found[0])
@@ -135,56 +161,87 @@ class Root:
             return []
         try:
             fd = os.open(below, kernel.DIRECTORY, dir_fd=self.staging.fd)
-        except FileNotFoundError:
-            return []
+        except (FileNotFoundError, NotADirectoryError):
+            return []  # a link in its place is not followed
         try:
             return os.listdir(fd)
         finally:
             os.close(fd)
 
 
-def only_file(directory: int) -> str | None:
-    """The relative path of the one file below a claim's directory, or ``None``."""
-    relative = ""
-    while True:
-        fd = os.open(relative or ".", kernel.DIRECTORY, dir_fd=directory)
-        try:
-            names = os.listdir(fd)
+def only_file(directory: int) -> tuple[int, str] | None:
+    """The one file below a claim's directory: a descriptor of where it lies, and its path.
+
+    Walked by descriptors and never through a link. What a claim moved may have become somebody's
+    directory in that moment, and whoever has it open can still change what is in it: a path that
+    was looked at before leads elsewhere then.
+
+    The caller closes the descriptor. ``None`` where there is not just one file.
+    """
+    parent, relative = os.dup(directory), ""
+    try:
+        while True:
+            names = os.listdir(parent)
             if len(names) != 1:
                 return None
-            mode = os.stat(names[0], dir_fd=fd, follow_symlinks=False).st_mode
-        finally:
-            os.close(fd)
-        relative = f"{relative}/{names[0]}" if relative else names[0]
-        if not stat.S_ISDIR(mode):
-            return relative
+            relative = os.path.join(relative, names[0])
+            if len(os.fsencode(relative)) > LONGEST_CLAIM:
+                return None
+            mode = os.stat(names[0], dir_fd=parent, follow_symlinks=False).st_mode
+            if not stat.S_ISDIR(mode):
+                return os.dup(parent), relative
+            child = os.open(names[0], kernel.DIRECTORY, dir_fd=parent)
+            os.close(parent)
+            parent = child
+    finally:
+        os.close(parent)
 
 
-def remove_empty(staging: int, path: str) -> None:
+def remove_empty(parent: int, name: str) -> None:
     """Remove a claim's directories where they hold no file."""
-    chain = [path]
-    while True:
-        fd = os.open(chain[-1], kernel.DIRECTORY, dir_fd=staging)
-        try:
-            names = os.listdir(fd)
-        finally:
-            os.close(fd)
-        if len(names) != 1:
-            break
-        chain.append(f"{chain[-1]}/{names[0]}")
-    for directory in reversed(chain):
-        try:
-            os.rmdir(directory, dir_fd=staging)
-        except OSError:
-            return
+    path, directory = name, os.dup(parent)
+    try:
+        names = [name]
+        while names:
+            child = os.open(names[0], kernel.DIRECTORY, dir_fd=directory)
+            os.close(directory)
+            directory = child
+            names = os.listdir(directory)
+            if len(names) > 1 or len(path) > LONGEST_CLAIM:
+                return
+            path = "/".join([path, *names])
+    except OSError:
+        return
+    finally:
+        os.close(directory)
+    remove_directories(parent, path)
 
 
-def _refuse_if_not_ours(staging: Directory, path: Path) -> None:
-    status = os.fstat(staging.fd)
-    if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
-        raise NotAllowedError(
-            f"the staging directory {path} belongs to another user",
-            hint="remove it, or name another one with 'staging'",
-        )
-    if stat.S_IMODE(status.st_mode) & 0o077:
-        kernel.make_private(staging.fd)
+def remove_directories(top: int, path: str) -> None:
+    """Remove ``path`` and the directories above it, up to ``top``, as far as they are empty."""
+    while path:
+        # A claim that failed half-way made some of them only.
+        with contextlib.suppress(OSError):
+            parent, name = kernel.open_parent(top, path)
+            try:
+                os.rmdir(name, dir_fd=parent)
+            finally:
+                os.close(parent)
+        path = path.rpartition("/")[0]
+
+
+def _leads_to(path: Path, directory: Directory) -> bool:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    return (status.st_dev, status.st_ino) == directory.node
+
+
+def _is_ours(directory: Directory) -> bool:
+    return not hasattr(os, "geteuid") or os.fstat(directory.fd).st_uid == os.geteuid()
+
+
+def _close_to_others(directory: Directory) -> None:
+    if stat.S_IMODE(os.fstat(directory.fd).st_mode) & 0o077:
+        kernel.make_private(directory.fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -52,6 +53,26 @@ def scan(root: int, selection: Selection, below: str = "") -> Iterator[Found]:
             yield from _list(directory, relative, selection, pending)
         finally:
             os.close(directory)
+
+
+def folders(root: int, below: str = "") -> Iterator[str]:
+    """Every directory under ``root``, or under its sub-folder ``below``, as a relative path.
+
+    Opened as for `scan`, without following links; what cannot be opened is left out.
+    """
+    pending = [below]
+    while pending:
+        relative = pending.pop()
+        with contextlib.suppress(OSError):
+            directory = _open(root, relative)
+            try:
+                with os.scandir(directory) as entries:
+                    names = [e.name for e in entries if e.is_dir(follow_symlinks=False)]
+            finally:
+                os.close(directory)
+            found = [f"{relative}/{name}" if relative else name for name in names]
+            yield from found
+            pending += found
 
 
 def look(root: int, relpath: str, selection: Selection) -> Found | None:

@@ -322,6 +322,7 @@ class _Run:
         match decision:
             case Kill():
                 _kill(self.main)
+                _kill(thread)  # of a child it may be, whose call is not to be made either
             case Fail(code):
                 _skip(thread, code)
             case Watch():

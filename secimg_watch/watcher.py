@@ -3,7 +3,13 @@
 What watchdog's own observer leaves silent is made visible by extending its inotify reader at two
 of its public methods. `_Reader.add_callback` sees every watch that the kernel refuses, so a
 folder that is only partly heard is known with the number and the reason; and it keeps our own
-staging directories unwatched. `_Reader.handle_event` sees the kernel's queue overflow.
+staging directory unwatched. `_Reader.handle_event` sees the kernel's queue overflow.
+
+Its bookkeeping trusts the folder, and is replaced where that does harm. `_Group` and `_Emitter`
+walk a new sub-folder without ever following a link: one that took the sub-folder's place would
+have everything behind it watched and listed. And they let go of watches whose paths watchdog has
+lost: a sub-folder that was moved out of the folder keeps its path in watchdog's books, and when
+the next one of that name goes, the entry is missed by an exception that ends the thread.
 
 IN_MOVED_FROM is left out of every watch: watchdog holds each of those back for half a second to
 find its other half, and all later events of the folder wait behind it. Our own claims, which
@@ -13,6 +19,7 @@ without its old name, which is what watchdog's "full" emitter does.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -30,6 +37,8 @@ from watchdog.events import (
     FileSystemEventHandler,
 )
 
+from secimg_watch import kernel
+from secimg_watch.scan import folders
 from secimg_watch.selection import STAGING_NAME
 
 if TYPE_CHECKING:
@@ -102,7 +111,7 @@ class _Handler(FileSystemEventHandler):
 
 if sys.platform == "linux":
     from watchdog.observers.api import BaseObserver, ObservedWatch
-    from watchdog.observers.inotify import InotifyFullEmitter
+    from watchdog.observers.inotify import InotifyFullEmitter, InotifyWatchGroup
     from watchdog.observers.inotify_c import (
         CallbackId,
         InotifyConstants,
@@ -112,22 +121,27 @@ if sys.platform == "linux":
         WatchCallback,
         WatchDescriptor,
     )
+    from watchdog.observers.inotify_move_event_grouper import (
+        GroupedInotifyEvent,
+        PathedInotifyEvent,
+    )
 
     class _Reader(InotifyFD):
         """watchdog's inotify reader, with its silences made audible."""
 
-        def __init__(self, listener: Listener) -> None:
+        def __init__(self, root: str, listener: Listener) -> None:
             super().__init__()
+            self._staging = os.fsencode(os.path.join(root, STAGING_NAME))
             self._listener = listener
             self.refused: dict[bytes, int] = {}
 
         def add_callback(
             self, path: bytes, mask: Mask, callback: WatchCallback, id_: CallbackId
         ) -> WatchDescriptor:
-            if STAGING_NAME.encode() in path.split(b"/"):
-                raise OSError(errno.EACCES, "staging directories are not watched")
+            if path == self._staging or path.startswith(self._staging + b"/"):
+                raise OSError(errno.EACCES, "the staging directory is not watched")
             try:
-                wanted = Mask(mask & ~InotifyConstants.IN_MOVED_FROM)
+                wanted = Mask(mask & ~InotifyConstants.IN_MOVED_FROM | InotifyConstants.IN_ONLYDIR)
                 descriptor = super().add_callback(path, wanted, callback, id_)
             except OSError as error:
                 # What vanished in between needs no watch.
@@ -148,12 +162,59 @@ if sys.platform == "linux":
                 # Only now is everything watched anew: what comes after the scan is heard again.
                 self._listener.doubt("the kernel's event queue overflowed")
 
+    class _Group(InotifyWatchGroup):
+        """watchdog's books of what is watched where, of a folder that nobody need trust."""
+
+        def _add_all_callbacks(self, path: bytes) -> None:
+            self._add_callback(path)
+            if self.is_recursive:
+                for folder in _folders_below(self.path, path):
+                    self._add_callback(folder)
+
+        def _recursive_simulate(self, src_path: bytes) -> list[InotifyEvent]:  # noqa: ARG002 - watchdog's
+            return []  # whoever is told of a new sub-folder scans it
+
+        def _remove_watch_internally(self, wd: WatchDescriptor) -> None:
+            with contextlib.suppress(KeyError):
+                super()._remove_watch_internally(wd)
+
+    def _folders_below(root: bytes, path: bytes) -> list[bytes]:
+        below = "" if path == root else os.fsdecode(os.path.relpath(path, root))
+        try:
+            fd = os.open(root, kernel.DIRECTORY)
+        except OSError:
+            return []
+        try:
+            return [os.path.join(root, os.fsencode(folder)) for folder in folders(fd, below)]
+        finally:
+            os.close(fd)
+
+    class _Emitter(InotifyFullEmitter):
+        """watchdog's emitter, with our books and without its own walks."""
+
+        def on_thread_start(self) -> None:
+            self._inotify = _Group(
+                self._inotify_fd,
+                os.fsencode(self.watch.path),
+                event_mask=self.get_event_mask_from_filter(),
+                is_recursive=self.watch.is_recursive,
+            )
+
+        def build_and_queue_event(
+            self, event: GroupedInotifyEvent, *, full_events: bool = True
+        ) -> None:
+            alone = event if isinstance(event, PathedInotifyEvent) else None
+            if alone is not None and alone.ev.is_directory and alone.ev.is_moved_to:
+                self.queue_event(DirMovedEvent("", os.fsdecode(alone.path)))
+            else:
+                super().build_and_queue_event(event, full_events=full_events)
+
     class _Watch:
         """One folder, with an inotify queue of its own: its storm drowns no other folder."""
 
         def __init__(self, root: str, listener: Listener, *, recursive: bool) -> None:
-            self.reader = _Reader(listener)
-            self.observer = BaseObserver(InotifyFullEmitter, inotify_fd=self.reader)
+            self.reader = _Reader(root, listener)
+            self.observer = BaseObserver(_Emitter, inotify_fd=self.reader)
             try:
                 self.reader.start()
                 self.observer.start()

@@ -35,6 +35,8 @@ class Mutation:
     before: str
     after: str
     finder: tuple[str, ...]
+    also: tuple[tuple[str, str, str], ...] = ()
+    """What does the same a second time, and has to go as well."""
 
 
 MUTATIONS: Final = (
@@ -143,14 +145,15 @@ MUTATIONS: Final = (
         "verify.py",
         "        _compare(opened.body(), held.fd, beat)\n",
         "        for _piece in opened.body():\n            beat()\n",
-        (*RACE, "in place unleased", "--action", "overwrite and set times back"),
+        ("test_verify_and_erase.py",),
     ),
     Mutation(
-        "the file in hand is not compared with what was sealed, at the end of that",
+        "the file in hand is not compared any more behind the claim",
         "verify.py",
         "    refuse_if_changed(held, claimed.identity)\n",
         "",
         (*RACE, "in place unleased", "--action", "append"),
+        also=(("erase.py", "    _refuse_if_swapped(claimed)\n", ""),),
     ),
     Mutation(
         "the name is not compared before it is unlinked",
@@ -160,25 +163,25 @@ MUTATIONS: Final = (
         (*RACE, "in place", "--action", "replace"),
     ),
     Mutation(
-        "the descriptor is not compared before the name is unlinked",
+        "the lease is not asked for before the name is unlinked",
         "erase.py",
         "    refuse_if_changed(claimed.inspected.held, claimed.identity)\n",
         "",
-        (*RACE, "leased", "--action", "write to a descriptor kept open"),
+        (*RACE, "leased", "--action", "claimed file appended to"),
     ),
     Mutation(
         "the file in hand need not be the one that settled",
         "hold.py",
         "    if claimed is None and identity != job.identity:",
         "    if False:",
-        (*RACE, "leased", "--action", "replace"),
+        ("test_hold_and_claim.py",),
     ),
     Mutation(
         "a file with a second name is taken",
         "hold.py",
         "    if passed is not None:",
         "    if False:",
-        (*RACE, "leased", "--action", "hard link outside"),
+        ("test_hold_and_claim.py",),
     ),
     Mutation(
         "an object's final name is overwritten where it is taken",
@@ -194,7 +197,7 @@ MUTATIONS: Final = (
         "    if not moved.same_content(held.identity):\n        _give_back(held, relpath, parent)\n"
         "        remove_directories(root.staging.fd, held.job.object_id, relpath)",
         "    if False:",
-        (*RACE, "leased", "--action", "replace"),
+        ("test_hold_and_claim.py",),
     ),
     Mutation(
         "nothing is claimed: every picture is sealed where it lies",
@@ -257,15 +260,29 @@ MUTATIONS: Final = (
 )
 
 
-def mutated(mutation: Mutation, source: str) -> str:
-    """The module without its safeguard.
+def edits(mutation: Mutation) -> tuple[tuple[str, str, str], ...]:
+    """Module, what stands there, and what shall: every edit that it takes."""
+    return ((mutation.module, mutation.before, mutation.after), *mutation.also)
+
+
+def mutated(source: str, before: str, after: str) -> str:
+    """A module without a safeguard.
 
     Raises:
-        ValueError: the safeguard does not stand there, or more than once.
+        ValueError: it does not stand there, or more than once.
     """
-    if source.count(mutation.before) != 1:
-        raise ValueError(f"{mutation.what}: {mutation.module} has changed")
-    return source.replace(mutation.before, mutation.after)
+    if source.count(before) != 1:
+        raise ValueError(f"it stands there {source.count(before)} times: {before}")
+    return source.replace(before, after)
+
+
+def command(finder: tuple[str, ...], home: Path) -> list[str]:
+    """How a rig, or a file of tests, is run on the program in ``home``."""
+    name, *options = finder
+    if name.startswith("test_"):
+        pytest = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
+        return [*pytest, "--rootdir", str(home), str(home / "tests" / name), *options]
+    return [sys.executable, str(home / "tests" / "campaigns" / name), *options]
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,11 +303,14 @@ def attempt(mutation: Mutation) -> Result:
         for directory in ("secimg_watch", "tests", "config", "systemd"):
             ignored = shutil.ignore_patterns("__pycache__", "vectors")
             shutil.copytree(HOME / directory, copy / directory, ignore=ignored)
-        module = copy / "secimg_watch" / mutation.module
-        module.write_text(mutated(mutation, module.read_text("utf-8")), encoding="utf-8")
-        command = [sys.executable, str(copy / "tests/campaigns" / mutation.finder[0])]
+        shutil.copy(HOME / "pyproject.toml", copy)
+        for file, before, after in edits(mutation):
+            module = copy / "secimg_watch" / file
+            text = mutated(module.read_text("utf-8"), before, after)
+            module.write_text(text, encoding="utf-8")
         done = subprocess.run(
-            [*command, *mutation.finder[1:]],
+            command(mutation.finder, copy),
+            cwd=copy,
             env={**os.environ, "PYTHONPATH": str(copy)},
             capture_output=True,
             text=True,
@@ -299,7 +319,7 @@ def attempt(mutation: Mutation) -> Result:
             timeout=PATIENCE,
         )
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    violations = [line for line in lines if "VIOLATION" in line.upper() or "lost" in line]
+    violations = [line for line in lines if line.startswith(("VIOLATION", "FAILED"))]
     words = next(iter(violations or lines[-1:]), "")
     return Result(mutation, done.returncode == 1, time.monotonic() - started, words)
 
