@@ -6,7 +6,8 @@ What is in them, and what protects it, says `chain.py`. Here is the order of wri
 2. Only then does the head name the last of them, so that it never speaks of more than the disk has.
 
 Several processes may write: the service, and commands that change keys. Each appends under a lock
-on the log, and looks first whether another one has written since.
+on the log, and looks first whether another one has written since. It believes what it wrote itself
+more than the head: a log that was put back, cut or taken away while it runs does not deceive it.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ import contextlib
 import errno
 import logging
 import os
+import stat
+import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from secimg_watch import chain, kernel
-from secimg_watch.chain import Epoch, Findings, Head
+from secimg_watch.chain import Debris, End, Epoch, Findings, Head
+from secimg_watch.container import MAX_SLOTS
 from secimg_watch.errors import (
     DiskFullError,
     KeyMismatchError,
@@ -38,15 +42,16 @@ if TYPE_CHECKING:
 
     from secimg_watch.chain import Entry, Fields
     from secimg_watch.records import KeySet
-    from secimg_watch.slots import Opener
+    from secimg_watch.slots import Lock, Opener
 
 log = logging.getLogger(__name__)
 
 LOG_NAME: Final = "audit.log"
 HEAD_NAME: Final = "audit.head"
-_HEAD_LIMIT: Final = 1024
 _BLOCK: Final = 1 << 20
-_FIRST: Final = 2  # entries that are written before there is a head at all: an epoch, and one more
+_INCREDIBLE: Final = 10**14  # a number that no honest log reaches, and from which on it could end
+_TAIL: Final = chain.FIRST * chain.MAX_LINE  # bytes that hold a last line whole
+_PATIENCE: Final = 10.0  # seconds that another process may take to append
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +60,6 @@ class Event:
 
     what: str
     fields: Fields = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _End:
-    """How far the chain holds, and the epoch there, if it could be opened; offsets in bytes."""
-
-    number: int = 0
-    mac: bytes = chain.START
-    size: int = 0
-    epoch: Epoch | None = None
-    epoch_at: int = 0
 
 
 class Audit:
@@ -77,27 +71,37 @@ class Audit:
         Raises:
             NotReadyError: it cannot be written.
         """
+        self._state = state
         self._keys = keys
         self._own: dict[bytes, Epoch] = {}  # by header: those that this process began
         self._guard = threading.Lock()
-        self._end: _End | None = None
+        self._end: End | None = None  # behind what this process knows to be written
         self._unsynced = False
-        with _as_fault(), contextlib.ExitStack() as opened:
+        self._log = self._head = -1
+        self._files = contextlib.ExitStack()
+        with _as_fault():
             state.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._log = _open(state, LOG_NAME, os.O_RDWR | os.O_APPEND)
-            opened.callback(os.close, self._log)
-            self._head = _open(state, HEAD_NAME, os.O_RDWR)
-            opened.callback(os.close, self._head)
-            kernel.sync_path(state)
-            if not os.fstat(self._log).st_size:
-                kernel.sync_above(state)
-            self._files = opened.pop_all()
+            self._open_files()
+
+    def _open_files(self) -> None:
+        with contextlib.ExitStack() as opened:
+            log_file = _open(self._state, LOG_NAME, os.O_RDWR | os.O_APPEND)
+            opened.callback(os.close, log_file)
+            head_file = _open(self._state, HEAD_NAME, os.O_RDWR)
+            opened.callback(os.close, head_file)
+            kernel.sync_path(self._state)
+            if not os.fstat(log_file).st_size:
+                kernel.sync_above(self._state)
+            self._files.close()
+            self._log, self._head, self._files = log_file, head_file, opened.pop_all()
 
     def close(self) -> None:
         """Make durable what is not yet, as far as that goes, and close the log."""
         with contextlib.suppress(NotReadyError):
             self.flush()
-        self._files.close()
+        with self._guard:
+            self._files.close()
+            self._log = self._head = -1
 
     def append(self, events: Sequence[Event], *, durable: bool) -> None:
         """Write entries; ``durable``: they survive a power cut when this returns.
@@ -107,7 +111,7 @@ class Audit:
         """
         if not events:
             return
-        with self._guard, _as_fault(), kernel.locked(self._log):
+        with self._alone():
             self._write(self._take_up(), events)
             if durable:
                 self._sync()
@@ -119,11 +123,28 @@ class Audit:
             NotReadyError: that failed.
         """
         if self._unsynced:
-            with self._guard, _as_fault(), kernel.locked(self._log):
+            with self._alone():
                 self._take_up()
                 self._sync()
 
-    def _write(self, end: _End, events: Sequence[Event], before: bytes = b"") -> None:
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other threads and processes away, with the files open that have the names."""
+        with self._guard, _as_fault():
+            if not (self._is_there(LOG_NAME, self._log) and self._is_there(HEAD_NAME, self._head)):
+                log.error("audit log: it was moved, removed or replaced")
+                self._open_files()
+            with kernel.locked(self._log, _PATIENCE):
+                yield
+
+    def _is_there(self, name: str, fd: int) -> bool:
+        try:
+            there = os.stat(self._state / name, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(there, os.fstat(fd))
+
+    def _write(self, end: End, events: Sequence[Event], before: bytes = b"") -> None:
         assert end.epoch is not None  # noqa: S101 - what was taken up has one
         data, number, mac = before, end.number, end.mac
         now = timestamp(time.time_ns())
@@ -138,52 +159,78 @@ class Audit:
                 previous=mac,
             )
             data += line
-        self._end = None  # what a write that fails leaves behind is looked at before the next
         self._unsynced = True
+        # Where this fails, what it leaves behind the known end is looked at before the next one.
         kernel.write_all(self._log, data)
-        self._end = _End(number, mac, end.size + len(data), end.epoch, end.epoch_at)
+        self._end = replace(end, number=number, mac=mac, size=end.size + len(data))
 
     def _sync(self) -> None:
         os.fsync(self._log)
         self._unsynced = False
         if self._end is not None and self._end.epoch is not None:
             end, epoch = self._end, self._end.epoch
-            head = Head(end.number, end.mac, end.size, end.epoch_at).pack(epoch)
+            head = Head(end.number, end.mac, end.size, end.epoch_at).sealed(epoch)
             # Within one sector, so it is the former one or this one. It may lag behind the log.
-            first = Head.parse(_read(self._head, 0, _HEAD_LIMIT)) is None
-            kernel.write_at(self._head, head, 0)
+            first = Head.parse(_read(self._head, 0, chain.HEAD_SIZE)) is None
+            kernel.write_at(self._head, head.pack(), 0)
             if first:  # nothing is there yet that a power cut could leave instead
                 os.fsync(self._head)
 
     # -- finding the end -----------------------------------------------------------------------
 
-    def _take_up(self) -> _End:
+    def _take_up(self) -> End:
         """Where the chain stands, looking anew where somebody else has written."""
         size = os.fstat(self._log).st_size
-        if self._end is None or self._end.size != size:
-            self._end = None
-            self._repair(*self._find_end(size), size)
+        known = self._end
+        if known is None:
+            self._repair(*self._find_end(size))
+        elif size > known.size:
+            self._repair(*self._follow(known), 0)
+        elif size < known.size:
+            self._repair(*self._believe(size, known.number))
         assert self._end is not None  # noqa: S101 - it is repaired
         return self._end
 
-    def _find_end(self, size: int) -> tuple[_End, int | None]:
-        """How far the chain holds, and how many entries are missing behind that.
+    def _find_end(self, size: int) -> tuple[End, Debris, int | None]:
+        """How far the chain holds, what lies behind that, and how many entries are missing there.
 
-        ``None``: nobody can tell, as the head is gone or is not ours.
+        ``None``: nobody can tell.
         """
-        stored = Head.parse(_read(self._head, 0, _HEAD_LIMIT))
-        if stored is None:
-            found = self._walk(_End())
-            return found, None if found.number > _FIRST else 0
-        head, stated, mac = stored
-        entry = chain.parse_entry(next(_lines(self._log, head.epoch), b"")[:-1])
-        if entry is None or entry.event != chain.EPOCH or head.end > size:
-            found = self._walk(_End())
-            return found, max(0, head.number - found.number)
+        stored = _read(self._head, 0, chain.HEAD_SIZE)
+        head = Head.parse(stored)
+        if head is None:
+            believed = self._believe(size, 0)
+            is_new = not stored and size <= _TAIL and believed[0].number <= chain.FIRST
+            return (*self._follow(End()), 0) if is_new else believed
+        entry = chain.parse_entry(next(_lines(self._log, head.epoch), b""))
+        if entry is None or entry.event != chain.EPOCH:
+            return self._believe(size, 0)
         epoch = self._opened(entry)
-        if epoch is not None and epoch.head_mac(stated) != mac:
-            return self._walk(_End()), None
-        return self._walk(_End(head.number, head.mac, head.end, epoch, head.epoch)), 0
+        if epoch is not None and not head.is_of(epoch):
+            return self._believe(size, 0)
+        if head.end > size:
+            return self._believe(size, head.number)
+        return *self._follow(End(head.number, head.mac, head.end, epoch, head.epoch)), 0
+
+    def _believe(self, size: int, number: int) -> tuple[End, Debris, int | None]:
+        """The same where entries are missing, and ``number`` of them were known to be there.
+
+        Then the last line is taken for what it says, and nothing before it is read: a log may be
+        long. Whether it is right finds who checks the whole.
+        """
+        start = max(0, size - _TAIL)
+        end, debris = End(size=start), Debris()
+        for line in _lines(self._log, start, size):
+            start += len(line)
+            entry = chain.parse_entry(line)
+            if entry is not None and entry.number < _INCREDIBLE:
+                end, debris = End(entry.number, entry.mac, start), Debris()
+            else:
+                debris.add(line)
+        return end, debris, number - end.number if number > end.number else None
+
+    def _follow(self, end: End) -> tuple[End, Debris]:
+        return chain.follow(_lines(self._log, end.size), end, self._opened)
 
     def _opened(self, entry: Entry) -> Epoch | None:
         try:
@@ -192,81 +239,82 @@ class Audit:
         except (KeyMismatchError, TamperedError):
             return None
 
-    def _walk(self, end: _End) -> _End:
-        """Follow the chain as far as it holds. Where an epoch cannot be opened only numbers do."""
-        for line in _lines(self._log, end.size):
-            entry = chain.parse_entry(line[:-1]) if line.endswith(b"\n") else None
-            if entry is None or entry.number != end.number + 1:
-                break
-            epoch, epoch_at = end.epoch, end.epoch_at
-            if entry.event == chain.EPOCH:
-                epoch, epoch_at = self._opened(entry), end.size
-            if epoch is not None and epoch.mac(end.mac, entry.body) != entry.mac:
-                break
-            end = _End(entry.number, entry.mac, end.size + len(line), epoch, epoch_at)
-        return end
-
-    def _repair(self, end: _End, lost: int | None, size: int) -> None:
+    def _repair(self, end: End, debris: Debris, lost: int | None) -> None:
         """Account for what lies behind the end, and begin an epoch where one is needed."""
-        newline = b""
-        torn: dict[str, str | int] = {}
-        if end.size < size or lost != 0:
-            newline = b"" if size == end.size or _read(self._log, size - 1, 1) == b"\n" else b"\n"
-            debris = _read_blocks(self._log, end.size, newline)
-            torn = chain.torn_fields(debris, lost)
         if lost != 0:
             log.error("audit log: entries are missing, or its head is: secimg-watch audit verify")
-        behind = _End(end.number, end.mac, size, end.epoch, end.epoch_at)
-        if end.epoch is None or end.epoch.key_ids != {lock.key_id for lock in self._keys.locks}:
-            epoch = Epoch.begin(self._keys.locks)
+        here = replace(end, size=end.size + debris.size)
+        newline = b"" if debris.ends else b"\n"
+        debris.add(newline)
+        torn = debris.fields(lost) if debris.size or lost != 0 else {}
+        locks = _locks(self._keys)
+        if end.epoch is None or end.epoch.key_ids != {lock.key_id for lock in locks}:
+            epoch = Epoch.begin(locks)
             self._own[epoch.header.pack()] = epoch
-            begun = _End(end.number, end.mac, size, epoch, size + len(newline))
             fields = {**epoch.fields(end.epoch), **torn}
+            unproved = Head.parse(_read(self._head, 0, chain.HEAD_SIZE))
+            if end.epoch is None and lost == 0 and unproved is not None:
+                fields["head"] = unproved.pack().decode()
+            begun = replace(here, epoch=epoch, epoch_at=here.size + len(newline))
             self._write(begun, [Event(chain.EPOCH, fields)], newline)
         elif torn:
-            self._write(behind, [Event(chain.TORN, torn)], newline)
+            self._write(here, [Event(chain.TORN, torn)], newline)
         else:
-            self._end = behind
+            self._end = end
+
+
+def _locks(keys: KeySet) -> tuple[Lock, ...]:
+    """Everything that opens a new epoch: the former keys too, for who was not told of a new one.
+
+    A service that goes on with a former key until it is reloaded could not follow the chain
+    otherwise; and the epoch that it began could not be opened once that key is retired.
+    """
+    return (*keys.ring[: MAX_SLOTS - len(keys.recipients)], *keys.recipients)
 
 
 def events_of(lines: Iterable[bytes]) -> Iterator[Entry]:
     """Every entry that has the form of one; none of them is authenticated."""
-    for line in lines:
-        entry = chain.parse_entry(line.removesuffix(b"\n"))
-        if entry is not None:
-            yield entry
+    return filter(None, map(chain.parse_entry, lines))
 
 
 def read_log(state: Path) -> Iterator[bytes]:
-    """The lines of a state directory's log, with their ends.
+    """The lines of a state directory's log as it is now, with their ends.
 
     Raises:
         NoInputError: there is none.
         StorageError: it cannot be read.
     """
+    with _log_for_reading(state) as (fd, size):
+        yield from _lines(fd, 0, size)
+
+
+def verify_log(state: Path, keys: Sequence[Opener], identities: Sequence[Opener] = ()) -> Findings:
+    """Check the whole log of a state directory; see `chain.check`.
+
+    Raises:
+        NoInputError: there is none.
+        StorageError: it cannot be read.
+    """
+    # First the head: whatever is written meanwhile lies behind what it names.
+    head: bytes | None = None
+    with contextlib.suppress(OSError):
+        head = (state / HEAD_NAME).read_bytes()
+    with _log_for_reading(state) as (fd, size):
+        return chain.check(lambda: _lines(fd, 0, size), head, keys, identities)
+
+
+@contextlib.contextmanager
+def _log_for_reading(state: Path) -> Iterator[tuple[int, int]]:
+    """The log, open, and its length now; an error while it is read is one of ours."""
     try:
-        with open(state / LOG_NAME, "rb") as log_file:
-            yield from iter(lambda: log_file.readline(chain.MAX_LINE), b"")
+        with open(state / LOG_NAME, "rb", buffering=0) as log_file:
+            yield log_file.fileno(), os.fstat(log_file.fileno()).st_size
     except FileNotFoundError:
         raise NoInputError(
             f"there is no audit log in {state}", hint="the service makes it when it first runs"
         ) from None
     except OSError as error:
         raise StorageError(f"the audit log cannot be read: {error.strerror}") from error
-
-
-def verify_log(state: Path, openers: Sequence[Opener]) -> Findings:
-    """Check the whole log of a state directory.
-
-    Raises:
-        NoInputError: there is none.
-        StorageError: it cannot be read.
-    """
-    try:
-        head: bytes | None = (state / HEAD_NAME).read_bytes()
-    except OSError:
-        head = None
-    return chain.check(lambda: read_log(state), head, openers)
 
 
 @contextlib.contextmanager
@@ -281,9 +329,17 @@ def _as_fault() -> Iterator[None]:
 
 
 def _open(state: Path, name: str, flags: int) -> int:
-    fd = os.open(state / name, flags | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
-    # An administrator's command may be the first to write; the service has to go on with it.
-    kernel.give_owner(fd, os.stat(state))
+    """Open or make a file of the log, and never anything else that was put in its place."""
+    for flag in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
+        flags |= getattr(os, flag, 0)
+    fd = os.open(state / name, flags | os.O_CREAT, 0o600)
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        os.close(fd)
+        raise NotReadyError(f"the audit log cannot be written: {name} is not a file of its own")
+    if not status.st_size:
+        # An administrator's command may be the first to write; the service has to go on with it.
+        kernel.give_owner(fd, os.stat(state))
     return fd
 
 
@@ -292,21 +348,14 @@ def _read(fd: int, start: int, size: int) -> bytes:
     return bytes(buffer[: kernel.read_at(fd, memoryview(buffer), start)])
 
 
-def _read_blocks(fd: int, start: int, behind: bytes) -> Iterator[bytes]:
-    while block := _read(fd, start, _BLOCK):
-        start += len(block)
-        yield block
-    yield behind
-
-
-def _lines(fd: int, start: int) -> Iterator[bytes]:
-    """The lines of a file from an offset on, with their ends; an endless one comes in pieces."""
+def _lines(fd: int, start: int, end: int = sys.maxsize) -> Iterator[bytes]:
+    """The lines of a part of a file, with their ends; an endless one comes in pieces."""
     rest = b""
-    while block := _read(fd, start, _BLOCK):
+    while block := _read(fd, start, min(_BLOCK, end - start)):
         start += len(block)
-        *lines, rest = (rest + block).splitlines(keepends=True)
-        yield from lines
-        if rest.endswith(b"\n") or len(rest) > chain.MAX_LINE:
+        *lines, rest = (rest + block).split(b"\n")
+        yield from (line + b"\n" for line in lines)
+        if len(rest) > chain.MAX_LINE:
             yield rest
             rest = b""
     if rest:

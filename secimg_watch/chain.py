@@ -6,11 +6,17 @@ removed, moved or put in makes the chain break at its place for everybody who ha
 nobody else can mend it. That nothing is missing at the end is what the *head* is for: number and
 MAC of the last entry that is on disk for certain, kept beside the log under a MAC of its own.
 
-The key belongs to an *epoch*, which begins with an entry of that name. It is random, and wrapped
-like an object's file key: that entry carries the header of an object without sections, with a
-slot for the policy's key and for each recipient. It also carries the former epoch's key, wrapped
-with the new one where that was at hand: who opens the last epoch opens those before. A write-only
-machine cannot open its own log; it begins an epoch at each start, and forgets the key at the end.
+The key belongs to an *epoch*, which begins with an entry of that name; the first entry is one. It
+is random, and wrapped like an object's file key: that entry carries the header of an object
+without sections, with a slot for each key of the policy and each recipient. It also carries the
+former epoch's key, wrapped with the new one, where that was at hand: who opens the last epoch
+opens those before. Where it was not, the entry carries the head that was found instead, to be
+checked by whoever can. A write-only machine cannot open its own log; it begins an epoch at each
+start, and forgets the key at the end. Anybody can do the same who knows a recipient's public key,
+so what opens with a private key alone proves little where there is a key.
+
+A crash may leave something behind the last entry that is none: *debris*. The next entry says how
+many bytes, and their hash.
 
 Everything here takes and gives bytes; `audit.py` has the files.
 """
@@ -19,22 +25,23 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import io
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from secimg_watch import crypto
 from secimg_watch.container import SEALED_META, Core, Header
 from secimg_watch.errors import KeyMismatchError, NotReadyError, TamperedError
-from secimg_watch.records import ObjectId
+from secimg_watch.records import FileKey, ObjectId
 from secimg_watch.seal import build_header, open_header, read_header
 from secimg_watch.slots import PasswordCache
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from secimg_watch.slots import Lock, Opener
 
@@ -48,9 +55,15 @@ EPOCH: Final = "epoch"
 """The event that begins an epoch; its fields are made by `Epoch.fields`."""
 
 TORN: Final = "torn"
-"""The event that accounts for what a crash left behind the last whole entry: how many ``bytes``
-that are no entry, their ``sha256``, and how many entries are ``lost`` that had been on disk
-(``unknown`` where the head was gone). An epoch that begins there accounts for it itself."""
+"""The event that accounts for debris: how many ``bytes``, their ``sha256``, and how many entries
+are ``lost`` that had been on disk (``unknown`` where the head cannot tell). An epoch that begins
+there accounts for it itself."""
+
+FIRST: Final = 2
+"""Entries that may be on disk before there is a head at all: what begins an epoch, and one more."""
+
+HEAD_SIZE: Final = 178
+"""Bytes of a stored head, always."""
 
 MAX_LINE: Final = 64 * 1024
 """Bytes of the longest line that is read as an entry: an epoch with eight slots has 14 KiB."""
@@ -62,7 +75,9 @@ _LOG_ID: Final = b"secimg-watch/log"  # stands for a vault's id: no object has t
 _MAC_LABEL: Final = b"secimg-watch/v1/audit-mac\0"
 _FORMER_LABEL: Final = b"secimg-watch/v1/audit-former\0"
 _HEAD_LABEL: Final = b"secimg-watch/v1/audit-head\0"
-_LINE: Final = re.compile(rb'(\{"n":[0-9]{1,15},"time":".*),"mac":"([0-9a-f]{64})"\}')
+_LINE: Final = re.compile(rb'(\{"n":[0-9]{1,15},"time":".*),"mac":"([0-9a-f]{64})"\}\n')
+_SPECIAL: Final = re.compile(rb'"event":"(epoch|torn)"')  # as `write_entry` writes it
+_HEAD: Final = re.compile(rb"([0-9]{15}) ([0-9a-f]{64}) ([0-9]{15}) ([0-9]{15}) ([0-9a-f]{64})\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +92,17 @@ class Entry:
     mac: bytes  # 32 bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Epoch:
     """The key of a run of entries, and the header that it is wrapped in."""
 
     root: bytes = field(repr=False)  # 32 bytes
     header: Header
+    _mac_key: bytes = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Derive once what every entry needs."""
+        self._mac_key = self._key(_MAC_LABEL)
 
     @classmethod
     def begin(cls, locks: Sequence[Lock]) -> Epoch:
@@ -122,11 +142,13 @@ class Epoch:
         wrapped = _decoded(fields.get("former", ""))
         if not wrapped:
             return None
-        return Epoch(crypto.unwrap_key(self._key(_FORMER_LABEL), wrapped), _header(before))
+        root = FileKey(crypto.unwrap_key(self._key(_FORMER_LABEL), wrapped))
+        header = _header(before)
+        return Epoch(open_header(header, [root], PasswordCache()), header)
 
     def mac(self, previous: bytes, body: bytes) -> bytes:
         """The MAC of an entry behind the one with the MAC ``previous``."""
-        return crypto.header_mac(self._key(_MAC_LABEL), previous + body)
+        return crypto.header_mac(self._mac_key, previous + body)
 
     def head_mac(self, stated: bytes) -> bytes:
         """The MAC of a head."""
@@ -141,30 +163,38 @@ class Head:
     """The last entry that is on disk for certain, and where to go on reading.
 
     ``end`` and ``epoch`` are offsets in the log, in bytes: behind that entry, and of the entry
-    that begins its epoch.
+    that begins its epoch. ``seal`` is a MAC over the rest.
     """
 
     number: int
     mac: bytes
     end: int
     epoch: int
+    seal: bytes = b""
 
-    def pack(self, epoch: Epoch) -> bytes:
+    def sealed(self, epoch: Epoch) -> Head:
+        """This head with its MAC."""
+        return replace(self, seal=epoch.head_mac(self._stated()))
+
+    def is_of(self, epoch: Epoch) -> bool:
+        """Whether it was sealed by somebody with the epoch's key."""
+        return crypto.equal(epoch.head_mac(self._stated()), self.seal)
+
+    def pack(self) -> bytes:
         """As it is stored. Always of one length, so that it is replaced by a single write."""
-        stated = f"{self.number:015d} {self.mac.hex()} {self.end:015d} {self.epoch:015d}".encode()
-        return stated + b" " + epoch.head_mac(stated).hex().encode() + b"\n"
+        return self._stated() + b" " + self.seal.hex().encode() + b"\n"
+
+    def _stated(self) -> bytes:
+        return f"{self.number:015d} {self.mac.hex()} {self.end:015d} {self.epoch:015d}".encode()
 
     @classmethod
-    def parse(cls, data: bytes) -> tuple[Head, bytes, bytes] | None:
-        """What a stored head says, its text and its MAC; ``None`` where it is none."""
-        match = re.fullmatch(
-            rb"(([0-9]{15}) ([0-9a-f]{64}) ([0-9]{15}) ([0-9]{15})) ([0-9a-f]{64})\n", data
-        )
+    def parse(cls, data: bytes) -> Head | None:
+        """What a stored head says; ``None`` where it is none. Nothing is authenticated."""
+        match = _HEAD.fullmatch(data[:HEAD_SIZE])
         if match is None:
             return None
-        stated, number, mac, end, epoch, check = match.groups()
-        head = cls(int(number), bytes.fromhex(mac.decode()), int(end), int(epoch))
-        return head, stated, bytes.fromhex(check.decode())
+        number, mac, end, epoch, seal = (each.decode() for each in match.groups())
+        return cls(int(number), bytes.fromhex(mac), int(end), int(epoch), bytes.fromhex(seal))
 
 
 def write_entry(
@@ -178,7 +208,7 @@ def write_entry(
 
 
 def parse_entry(line: bytes) -> Entry | None:
-    """The entry that a line, without its end, has the form of. Nothing is authenticated."""
+    """The entry that a line, with its end, has the form of. Nothing is authenticated."""
     match = _LINE.fullmatch(line) if len(line) < MAX_LINE else None
     if match is None:
         return None
@@ -188,10 +218,12 @@ def parse_entry(line: bytes) -> Entry | None:
         number, time, event = said.pop("n"), said.pop("time"), said.pop("event")
     except (ValueError, KeyError, RecursionError):
         return None
-    well_typed = all(isinstance(value, str | int) for value in (*said.values(), event))
-    if not well_typed or not isinstance(event, str):
+    # Any JSON may stand there; of two members of one name the last one counts.
+    if type(number) is not int or not isinstance(time, str) or not isinstance(event, str):
         return None
-    return Entry(int(number), str(time), event, said, body, bytes.fromhex(mac.decode()))
+    if not all(isinstance(value, str | int) for value in said.values()):
+        return None
+    return Entry(number, time, event, said, body, bytes.fromhex(mac.decode()))
 
 
 def epoch_header(fields: Fields) -> bytes:
@@ -210,11 +242,97 @@ def _header(fields: Fields) -> Header:
     return header
 
 
+def _head_in(entry: Entry) -> Head | None:
+    """The head that an entry passes on."""
+    return Head.parse(str(entry.fields.get("head", "")).encode(errors="replace"))
+
+
 def _decoded(text: object) -> bytes:
     try:
         return base64.b64decode(str(text), validate=True)
     except (binascii.Error, ValueError):
         raise TamperedError("an epoch of the audit log is damaged") from None
+
+
+# -- following a chain ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Where a chain stands: behind which entry, and in which epoch, if that could be opened.
+
+    ``size`` and ``epoch_at`` are offsets in bytes: behind that entry, and of the entry that begins
+    its epoch.
+    """
+
+    number: int = 0
+    mac: bytes = START
+    size: int = 0
+    epoch: Epoch | None = None
+    epoch_at: int = 0
+
+    def is_followed_by(self, entry: Entry, epoch: Epoch | None) -> bool:
+        """Whether ``entry``, which is of ``epoch``, is the next one.
+
+        Where its epoch cannot be opened, only its number tells.
+        """
+        if entry.number != self.number + 1 or (self.number == 0 and entry.event != EPOCH):
+            return False
+        return epoch is None or crypto.equal(epoch.mac(self.mac, entry.body), entry.mac)
+
+    def behind(self, entry: Entry, at: int, size: int, epoch: Epoch | None) -> End:
+        """Where the chain stands behind an entry of so many bytes, which begins at ``at``."""
+        epoch_at = at if entry.event == EPOCH else self.epoch_at
+        return End(entry.number, entry.mac, at + size, epoch, epoch_at)
+
+
+@dataclass(slots=True)
+class Debris:
+    """Lines that do not continue the chain."""
+
+    size: int = 0
+    ends: bool = True  # with the end of a line
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def add(self, line: bytes) -> None:
+        """Take one more."""
+        self.size += len(line)
+        self.ends = line.endswith(b"\n")
+        self.digest.update(line)
+
+    def fields(self, lost: int | None) -> dict[str, str | int]:
+        """What the entry says that accounts for it; ``lost`` as for `TORN`."""
+        unknown = "unknown" if lost is None else lost
+        return {"bytes": self.size, "sha256": self.digest.hexdigest(), "lost": unknown}
+
+    def is_named_by(self, entry: Entry) -> bool:
+        """Whether the entry behind it accounts for all of it, or says nothing of any."""
+        said = entry.fields.get("bytes", 0) if entry.event in {TORN, EPOCH} else 0
+        if not self.size:
+            return said == 0
+        return said == self.size and entry.fields.get("sha256") == self.digest.hexdigest()
+
+
+def follow(
+    lines: Iterable[bytes], end: End, opened: Callable[[Entry], Epoch | None]
+) -> tuple[End, Debris]:
+    """Go on behind ``end`` as far as the chain holds; gives also what lies behind that.
+
+    ``lines`` begin there, and come with their ends; ``opened`` gives the epoch that an entry
+    begins.
+    """
+    debris = Debris()
+    at = end.size
+    for line in lines:
+        entry = parse_entry(line)
+        epoch = opened(entry) if entry is not None and entry.event == EPOCH else end.epoch
+        if entry and debris.is_named_by(entry) and end.is_followed_by(entry, epoch):
+            end = end.behind(entry, at, len(line), epoch)
+            debris = Debris()
+        else:
+            debris.add(line)
+        at += len(line)
+    return end, debris
 
 
 # -- checking a whole log ------------------------------------------------------------------------
@@ -224,7 +342,8 @@ def _decoded(text: object) -> bytes:
 class Findings:
     """What checking a log found. ``faults`` say that it is not what was written.
 
-    ``notes`` are harmless: the traces of a crash. ``events`` counts the entries by what happened.
+    ``notes`` are no faults: the traces of a crash, and how much the rest can prove. ``events``
+    counts the entries by what happened.
     """
 
     entries: int = 0
@@ -245,167 +364,226 @@ class Findings:
 
 
 def check(
-    read: Callable[[], Iterable[bytes]], head: bytes | None, openers: Sequence[Opener]
+    read: Callable[[], Iterable[bytes]],
+    head: bytes | None,
+    keys: Sequence[Opener],
+    identities: Sequence[Opener] = (),
 ) -> Findings:
     """Check every entry of a log, and that none is missing at its end.
 
     Args:
-        read: gives the log's lines with their ends, anew at each call.
+        read: gives the log's lines with their ends, the same ones at each call.
         head: the stored head, or ``None`` where there is none.
-        openers: keys that may open the log's epochs.
+        keys: the policy's.
+        identities: private keys. Where there are keys, an epoch that opens with one of these
+            alone is a fault.
     """
     findings = Findings()
-    epochs = _open_epochs(_epoch_entries(read()), openers, findings)
-    checker = _Checker(findings, epochs, Head.parse(head) if head is not None else None)
+    epochs, debris = _survey(read())
+    stored = Head.parse(head) if head is not None else None
+    if stored is None:
+        findings.fault("there is no head that says how many entries there have to be")
+    taken_over = [_head_in(each) for each in epochs]
+    opened = _open_epochs(epochs, keys, identities, findings)
+    checker = _Checker(findings, opened, debris, has_head=stored is not None)
+    for each in (*taken_over, stored):
+        if each is not None:
+            checker.heads.setdefault(each.number, []).append(each)
     for line in read():
         checker.line(line)
     checker.finish()
     return findings
 
 
-def _epoch_entries(lines: Iterable[bytes]) -> Iterator[Entry]:
+def _survey(lines: Iterable[bytes]) -> tuple[list[Entry], dict[int, int]]:
+    """All entries that begin an epoch; and by its offset, how much is called debris behind it.
+
+    Nothing of it is authenticated yet.
+    """
+    epochs = []
+    debris: dict[int, int] = {}
+    at = 0
     for line in lines:
-        entry = parse_entry(line.rstrip(b"\n"))
+        entry = parse_entry(line) if _SPECIAL.search(line) else None
         if entry is not None and entry.event == EPOCH:
-            yield entry
+            epochs.append(replace(entry, body=b""))  # a write-only log may have very many
+        if entry is not None and isinstance(said := entry.fields.get("bytes"), int):
+            debris[at - said] = max(said, debris.get(at - said, 0))
+        at += len(line)
+    return epochs, debris
 
 
 def _open_epochs(
-    entries: Iterable[Entry], openers: Sequence[Opener], findings: Findings
-) -> dict[bytes, Epoch]:
-    """Every epoch that can be opened, by the MAC of its first entry."""
-    opened: dict[bytes, Epoch] = {}
+    entries: list[Entry],
+    keys: Sequence[Opener],
+    identities: Sequence[Opener],
+    findings: Findings,
+) -> dict[bytes, Epoch | None]:
+    """Every epoch by the MAC of the entry that begins it; ``None``: it could not be opened.
+
+    The entries are used up, from the last one on.
+    """
+    opened: dict[bytes, Epoch | None] = {}
+    unkeyed = []
     later: tuple[Entry, Epoch | None] | None = None
-    for entry in reversed(list(entries)):
+    while entries:
+        entry = entries.pop()
         epoch = None
-        try:
-            if later is not None and later[1] is not None:
+        if later is not None and later[1] is not None:
+            with contextlib.suppress(TamperedError):  # they need not be neighbours
                 epoch = later[1].former(later[0].fields, entry.fields)
-            epoch = epoch or Epoch.open(entry.fields, openers)
+        try:
+            if epoch is None:
+                epoch, by_key = _open_epoch(entry, keys, identities)
+                unkeyed += [] if by_key else [entry.number]
         except KeyMismatchError:
             findings.fault(f"no key at hand opens the entries from {entry.number} on")
         except (TamperedError, NotReadyError) as error:
             findings.fault(f"entry {entry.number}: {error}")
-        if epoch is not None:
-            opened[entry.mac] = epoch
+        opened[entry.mac] = epoch
         later = entry, epoch
+    anybody = "whoever has a recipient's public key could have written them"
+    for number in unkeyed if keys else ():
+        findings.fault(f"the entries from {number} on open with a private key alone: {anybody}")
+    if unkeyed and not keys:
+        findings.notes.append(f"no entry needed a key: {anybody}")
     return opened
 
 
-@dataclass(slots=True)
-class _Pending:
-    """Lines that do not continue the chain, until one comes that says what to make of them."""
+def _open_epoch(
+    entry: Entry, keys: Sequence[Opener], identities: Sequence[Opener]
+) -> tuple[Epoch, bool]:
+    """Open an epoch, with a key where one fits; also whether it was a key."""
+    try:
+        return Epoch.open(entry.fields, keys), True
+    except KeyMismatchError:
+        return Epoch.open(entry.fields, identities), False
 
-    size: int = 0
-    digest: Any = field(default_factory=hashlib.sha256)
-    last: Entry | None = None
 
-    def add(self, line: bytes, entry: Entry | None) -> None:
-        self.size += len(line)
-        self.digest.update(line)
-        self.last = entry
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """An entry, the offset of its line, and how many bytes that has."""
 
-    def is_explained_by(self, entry: Entry) -> bool:
-        said = (entry.fields.get("bytes", 0), entry.fields.get("sha256"))
-        return entry.event in {TORN, EPOCH} and said == (self.size, self.digest.hexdigest())
+    entry: Entry
+    at: int
+    size: int
 
 
 @dataclass(slots=True)
 class _Checker:
-    """Goes through a log line by line; ``number``, ``mac``, ``epoch``: where the chain stands."""
+    """Goes through a log line by line. ``end`` is where the chain stands.
+
+    ``heads`` are those that are still to be met, by the number of the entry that they name.
+    """
 
     findings: Findings
-    epochs: dict[bytes, Epoch]
-    head: tuple[Head, bytes, bytes] | None
-    number: int = 0
-    mac: bytes = START
-    epoch: Epoch | None = None
-    pending: _Pending = field(default_factory=_Pending)
-    head_met: bool = False
+    epochs: dict[bytes, Epoch | None]
+    named: dict[int, int]  # what is called debris; see `_survey`
+    has_head: bool
+    heads: dict[int, list[Head]] = field(default_factory=dict)
+    end: End = field(default_factory=End)
+    began: int = 1  # the number of the entry that begins this epoch
+    at: int = 0
+    debris: Debris = field(default_factory=Debris)
+    broken: _Line | None = None  # the last line of the debris, where it has the form of an entry
 
     def line(self, line: bytes) -> None:
         """Take the next line."""
-        entry = parse_entry(line.removesuffix(b"\n")) if line.endswith(b"\n") else None
-        broken = self.pending.last
-        if entry is not None and self._continues(entry, self.number, self.mac):
-            self._leave_behind(entry)
-        elif entry is not None and broken and self._continues(entry, broken.number, broken.mac):
-            # The chain goes on behind an entry that did not fit itself.
-            self._break(broken)
+        at, self.at = self.at, self.at + len(line)
+        # Debris may hold whole entries. Whether the one that says so is genuine shows in its turn.
+        is_named = at < self.end.size + self.named.get(self.end.size, 0)
+        entry = None if is_named else parse_entry(line)
+        this = _Line(entry, at, len(line)) if entry is not None else None
+        if this is not None and self._follows(self.end, this):
+            self._leave_debris(this.entry)
+            self._advance(this)
+        elif this is not None and self.broken and self._follows(self._behind(self.broken), this):
+            self._leave_broken(self.broken.entry)
+            self._advance(self.broken)
+            self._advance(this)
         else:
-            self.pending.add(line, entry)
-            return
-        self.pending = _Pending()
-        self._advance(entry)
+            self.debris.add(line)
+            self.broken = this
 
-    def _continues(self, entry: Entry, number: int, mac: bytes) -> bool:
-        epoch = self.epochs.get(entry.mac) if entry.event == EPOCH else self.epoch
-        fits = epoch is None or crypto.equal(epoch.mac(mac, entry.body), entry.mac)
-        return fits and entry.number == number + 1
+    def _follows(self, end: End, line: _Line) -> bool:
+        entry = line.entry
+        if entry.event != EPOCH:
+            return end.is_followed_by(entry, end.epoch)
+        known = entry.mac in self.epochs  # else it was written since the survey
+        return known and end.is_followed_by(entry, self.epochs[entry.mac])
 
-    def _leave_behind(self, entry: Entry) -> None:
+    def _behind(self, line: _Line) -> End:
+        entry = line.entry
+        epoch = self.epochs.get(entry.mac) if entry.event == EPOCH else self.end.epoch
+        return self.end.behind(entry, line.at, line.size, epoch)
+
+    def _leave_debris(self, entry: Entry) -> None:
         """Account for what lies between the last entry and this one, which follows it."""
+        last = self.end.number
         if lost := entry.fields.get("lost"):
             missing = "nobody knows how many" if lost == "unknown" else lost
             self.findings.fault(f"entries were lost before entry {entry.number}: {missing}")
-        if self.pending.is_explained_by(entry):
-            if self.pending.size:
+        elif entry.event == EPOCH and not self._is_tied(entry):
+            self.findings.fault(f"entry {entry.number} does not say where the epoch before ended")
+        if self.debris.is_named_by(entry):
+            if self.debris.size:
                 self.findings.notes.append(f"a crash left a torn line before entry {entry.number}")
-        elif self.pending.size or entry.fields.get("bytes"):
-            self.findings.fault(
-                f"behind entry {self.number} there are {self.pending.size} bytes that do not belong"
-            )
-
-    def _break(self, broken: Entry) -> None:
-        if broken.number > self.number + 1:
-            gap = f"entries {self.number + 1} to {broken.number - 1} are missing"
-            self.findings.fault(f"{gap}, and entry {broken.number} is not proved")
-        elif broken.number == self.number + 1:
-            self.findings.fault(f"entry {broken.number} was changed")
+        elif self.debris.size:
+            self._tell(f"behind entry {last} there are {self.debris.size} bytes that do not belong")
         else:
-            self.findings.fault(f"entry {broken.number} stands behind entry {self.number}")
-        self._advance(broken)
+            self._tell(f"what a crash had left behind entry {last} is gone")
 
-    def _advance(self, entry: Entry) -> None:
+    def _is_tied(self, entry: Entry) -> bool:
+        """Whether who began this epoch could check the head of the one before, or passes it on."""
+        head = _head_in(entry)
+        is_covered = head is not None and head.number >= self.began
+        is_short = self.end.number < self.began + FIRST
+        return is_covered or is_short or bool(entry.fields.get("former"))
+
+    def _leave_broken(self, broken: Entry) -> None:
+        """Account for an entry that does not fit, while the one behind it fits to it."""
+        last = self.end.number
+        if broken.number > last + 1:
+            gap = f"entries {last + 1} to {broken.number - 1} are"
+            gap = f"entry {last + 1} is" if broken.number == last + 2 else gap
+            self._tell(f"{gap} missing, and entry {broken.number} is not proved")
+        elif broken.number == last + 1:
+            self._tell(f"entry {broken.number} was changed")
+        else:
+            self._tell(f"entry {broken.number} stands behind entry {last}")
+
+    def _tell(self, sentence: str) -> None:
+        # Behind the head is what was not synced: of that a crash may leave any part.
+        if self.heads or not self.has_head:
+            self.findings.fault(sentence)
+        else:
+            self.findings.notes.append(f"{sentence}; it was not on disk for certain yet")
+
+    def _advance(self, line: _Line) -> None:
+        entry = line.entry
+        self.end = self._behind(line)
         if entry.event == EPOCH:
-            self.epoch = self.epochs.get(entry.mac)
+            self.began = entry.number
+        self.debris, self.broken = Debris(), None
         self.findings.entries += 1
         self.findings.first = self.findings.first or entry.time
         self.findings.last = entry.time
         events = self.findings.events
         events[entry.event] = events.get(entry.event, 0) + 1
-        self.number, self.mac = entry.number, entry.mac
-        if self.head is not None and self.head[0].number == entry.number:
-            self._meet_head(*self.head)
-
-    def _meet_head(self, head: Head, stated: bytes, mac: bytes) -> None:
-        self.head_met = True
-        if not crypto.equal(head.mac, self.mac):
-            self.findings.fault(f"entry {self.number} is not the one that the head names")
-        if self.epoch is not None and not crypto.equal(self.epoch.head_mac(stated), mac):
-            self.findings.fault("the head was changed")
+        for head in self.heads.pop(entry.number, ()):
+            if not crypto.equal(head.mac, entry.mac):
+                self.findings.fault(f"entry {entry.number} is not the one that a head names")
+            elif self.end.epoch is not None and not head.is_of(self.end.epoch):
+                self.findings.fault(f"the head that names entry {entry.number} was changed")
 
     def finish(self) -> None:
         """Whether the end is the end."""
-        self.findings.mac = self.mac.hex()
-        if self.head is None:
-            self.findings.fault("there is no head that says how many entries there have to be")
-        elif not self.head_met:
-            known = self.head[0].number
-            self.findings.fault(
-                f"{known} entries were written, and entry {self.number} is the last"
-            )
-        if self.pending.size:
+        last = self.end.number
+        self.findings.mac = self.end.mac.hex()
+        for number in sorted(self.heads):
+            self.findings.fault(f"entry {last} is the last, and a head names entry {number}")
+        if self.debris.size:
             self.findings.notes.append(
-                f"{self.pending.size} bytes behind entry {self.number} are no entry;"
+                f"{self.debris.size} bytes behind entry {last} are no entry;"
                 " the next one will say so"
             )
-
-
-def torn_fields(debris: Iterable[bytes], lost: int | None) -> dict[str, str | int]:
-    """What an entry says of the bytes before it that are no entry; ``lost`` as for `TORN`."""
-    pending = _Pending()
-    for block in debris:
-        pending.add(block, None)
-    unknown = "unknown" if lost is None else lost
-    return {"bytes": pending.size, "sha256": pending.digest.hexdigest(), "lost": unknown}

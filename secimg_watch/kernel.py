@@ -15,6 +15,7 @@ import shutil
 import signal
 import stat
 import sys
+import time
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
@@ -30,6 +31,7 @@ _RENAME_NOREPLACE: Final = 1
 _PR_SET_DUMPABLE: Final = 4
 _COPIED: Final = 1 << 30  # bytes for one call of copy_file_range, which may do less
 _BUFFER: Final = 1 << 16
+_LOCK_STEP: Final = 0.005  # seconds between two tries
 # Not the same file system, not this kind of file, not this kernel, or a filter of system calls.
 _CANNOT_COPY: Final = frozenset(
     {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
@@ -316,15 +318,33 @@ def lock_exclusively(path: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def locked(fd: int) -> Iterator[None]:
-    """Hold the lock of an open file, waiting for it; other processes wait meanwhile."""
+def locked(fd: int, patience: float) -> Iterator[None]:
+    """Hold the lock of an open file, waiting up to ``patience`` seconds for it.
+
+    Raises:
+        TimeoutError: another process held it all the time.
+    """
     if sys.platform != "win32":
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        deadline = time.monotonic() + patience
+        while not _take_lock(fd):
+            if time.monotonic() > deadline:
+                raise TimeoutError(errno.ETIMEDOUT, "another process holds its lock")
+            time.sleep(_LOCK_STEP)
     try:
         yield
     finally:
         if sys.platform != "win32":
             fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+def _take_lock(fd: int) -> bool:
+    taken = True
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken = False
+    return taken
 
 
 def free_space(path: Path) -> tuple[int, int]:

@@ -127,25 +127,27 @@ class Pipeline:
             NotReadyError: the surroundings fail; the job waits, with no attempt burnt.
         """
         with ExitStack() as hands:
+            held = None
             try:
-                held = hold(job, place.root, hands)  # (1)
-            except FileNotFoundError:
-                self._gone(job, place)
-                return None
-            except (SecimgError, OSError) as error:
-                self._failed(job, place, None, error)
-                return None
-            if job.attempts > self.max_attempts:
-                reason = f"given up: {job.attempts - 1} attempts ended with the whole process"
-                self._quarantine(job, held, place, reason)
-                return None
-            try:
-                verified = self._process_held(held, place, hands)
+                held = self._hold(job, place, hands)  # (1)
+                verified = None if held is None else self._process_held(held, place, hands)
             except Exception as error:
                 log.debug("object %s", job.object_id, exc_info=error)
                 self._failed(job, place, held, error)
                 return None
             return None if verified is None else Task(verified, place, hands.pop_all())
+
+    def _hold(self, job: Job, place: Place, hands: ExitStack) -> Held | None:
+        try:
+            held = hold(job, place.root, hands)
+        except FileNotFoundError:
+            self._gone(job, place)
+            return None
+        if job.attempts > self.max_attempts:
+            reason = f"given up: {job.attempts - 1} attempts ended with the whole process"
+            self._quarantine(job, held, place, reason)
+            return None
+        return held
 
     def _process_held(self, held: Held, place: Place, hands: ExitStack) -> Verified | None:
         inspected = self._inspect(held, place.policy)  # (2)
@@ -305,7 +307,7 @@ class Pipeline:
         # Either an earlier process died between deleting it and saying so (its object is there,
         # and was verified before the deletion), or somebody else took it away before we had it.
         if place.vault.has(job.object_id):
-            self._put_on_record("deleted", job, "found gone after the process before had ended")
+            self._put_on_record("gone", job, "sealed before, and the plaintext is not there")
             self.jobs.done([(job, job.first_seen_ns)])
         else:
             self._drop(job, place, "vanished")
@@ -319,20 +321,23 @@ class Pipeline:
             raise fault
         elif job.attempts >= self.max_attempts:
             reason = f"given up after {job.attempts} attempts: {fault}"
-            self._quarantine(job, held, place, reason)
+            try:
+                self._quarantine(job, held, place, reason)
+            except NotReadyError as unrecorded:
+                self._failed(job, place, held, unrecorded)
         else:
             delay = back_off(job.attempts)
             log.warning("object %s: %s; again in %.0f s", job.object_id, fault, delay)
             self.jobs.retry(job, str(fault), delay)
 
     def _put_on_record(self, what: str, job: Job, reason: str) -> None:
-        """Put on record what ends a job without its object; where that fails the job waits."""
+        """Put on record what ends a job without its object.
+
+        Raises:
+            NotReadyError: that failed; the job is not at its end.
+        """
         fields = {"object": job.object_id, "folder": job.folder, "reason": reason}
-        try:
-            self.audit.append([Event(what, fields)], durable=False)
-        except NotReadyError as fault:
-            self.jobs.retry(job, str(fault), 0.0, burn=False)
-            raise
+        self.audit.append([Event(what, fields)], durable=False)
 
     def _changed(self, job: Job, place: Place, fault: ChangedInHandError) -> None:
         # In the folder, a changed file settles anew as the arrival that it is. In the staging

@@ -114,6 +114,7 @@ class Service:
         self._key_ready = threading.Event()
         self._keys: KeySet | None = None
         self._audit: Audit | None = None
+        self._unflushed = ""  # why its last entries are not on disk for certain
         self._file_keys: dict[ObjectId, FileKey] = {}
         self._key_state = "not looked for yet"
         self._absent: dict[str, str] = {}
@@ -188,11 +189,19 @@ class Service:
             if name not in self._vault_ids:
                 self._admit_vault(name, vault, keys)
         if self._audit is None:
-            self._audit = Audit(self.policy.state, keys)
-            self._audit.append([Event("started", {"version": __version__})], durable=True)
+            self._audit = self._open_audit(keys)
         self._keys = keys
         self._key_state = "ready"
         self._key_ready.set()
+
+    def _open_audit(self, keys: KeySet) -> Audit:
+        audit = Audit(self.policy.state, keys)
+        try:
+            audit.append([Event("started", {"version": __version__})], durable=True)
+        except BaseException:
+            audit.close()
+            raise
+        return audit
 
     def refuse_wrong_key(self) -> None:
         """Before anything is opened: would key and vaults fit? What is absent may come later.
@@ -424,8 +433,11 @@ class Service:
     def _flush_audit(self, audit: Audit) -> None:
         try:
             audit.flush()
+            self._unflushed = ""
         except NotReadyError as fault:
-            log.warning("%s", fault)
+            if str(fault) != self._unflushed:  # it is tried every second
+                log.warning("%s", fault)
+            self._unflushed = str(fault)
 
     def _beat(self, worker: _Worker) -> None:
         """A sign of life in the middle of a job, and where a stopping service lets go of it."""

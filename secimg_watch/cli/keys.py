@@ -254,7 +254,8 @@ def key_retire(app: App, key_id: str) -> None:
             forget_key(vault, retired)
         left = tuple(each for each in ring if each.key_id != retired)
         provider.replace(left)
-    put_on_record(policy, left, Event("key retired", {"key": retired.hex()}))
+    # With the retired key still at hand: a service may have written with it until it was stopped.
+    put_on_record(policy, ring, Event("key retired", {"key": retired.hex()}))
     terminal.say(
         f"key {retired.hex()} is retired; backups of older objects, and vaults"
         " that are not in this policy, may still need it"
@@ -379,10 +380,10 @@ def recovery_confirm(app: App) -> None:
             "that private key is not one of the policy's recipients",
             hint="put its public key under 'recipients': secimg-watch key recovery make tells how",
         )
+    ring = key_provider(policy).load_ring()  # where it is not at hand, nothing is touched
     for vault in _all_vaults(policy):
         for recipient in shown:
             confirm_recovery(vault, recipient)
-    ring = key_provider(policy).load_ring()
     for recipient in shown:
         confirmed = {"recipient": recipient.key_id.hex()}
         put_on_record(policy, ring, Event("recovery confirmed", confirmed))
