@@ -193,9 +193,27 @@ class Jobs:
         with self._hold():
             before = self._count_rows()
             with self._transaction():
+                for row in rows:
+                    self._follow_device(row)
                 self._db.executemany(f"INSERT {_INTO} {_SEEN_AGAIN}", rows)
             self._changed.notify_all()
             return self._count_rows() - before
+
+    def _follow_device(self, row: Sequence[Any]) -> None:
+        # A file system may have another number after it was mounted again. A file that is known by
+        # all else shows it; what was kept there must not be sealed once more.
+        _, folder, name, dev, ino, size, mtime_ns, *_ = row
+        known = self._db.execute(
+            "SELECT dev FROM job WHERE folder = ? AND name = ? AND ino = ? AND size = ?"
+            " AND mtime_ns = ? AND dev <> ? AND state IN ('left', 'kept', 'undeletable')",
+            (folder, name, ino, size, mtime_ns, dev),
+        ).fetchone()
+        if known is not None:
+            self._db.execute(
+                "UPDATE OR IGNORE job SET dev = ? WHERE folder = ? AND dev = ?"
+                " AND state IN ('left', 'kept', 'undeletable')",
+                (dev, folder, *known),
+            )
 
     def _count_rows(self) -> int:
         return int(self._db.execute("SELECT count(*) FROM job").fetchone()[0])
@@ -339,9 +357,10 @@ class Jobs:
             ).rowcount
             if dropped:
                 self._add(job.folder, counted_as, 1)
-            else:  # it was admitted again in the meantime, as it is now
+            else:  # it was admitted again in the meantime, as it is now; nothing was tried yet
                 self._db.execute(
-                    "UPDATE job SET state = 'queued' WHERE object_id = ?", (job.object_id,)
+                    "UPDATE job SET state = 'queued', attempts = attempts - 1 WHERE object_id = ?",
+                    (job.object_id,),
                 )
             self._changed.notify_all()
 
@@ -358,13 +377,20 @@ class Jobs:
             return changed > 0
 
     def forget_vanished(
-        self, folder: FolderKey, seen: Mapping[str, Identity], claimed: Collection[str] = ()
+        self,
+        folder: FolderKey,
+        seen: Mapping[str, Identity],
+        claimed: Collection[str] = (),
+        *,
+        device: int | None = None,
     ) -> None:
         """Forget resting jobs whose file is neither in the folder nor ``claimed`` (object ids).
 
         ``seen`` is what lies under each name. A name that was given to another file since then is
-        no longer the resting one's.
+        no longer the resting one's. ``device``: the folder's own; what rested on a file system of
+        which nothing is there now is away with it, and not gone.
         """
+        there = {identity.dev for identity in seen.values()} | {device}
         with self._hold():
             rows = self._db.execute(
                 "SELECT object_id, name, dev, ino, size, mtime_ns, ctime_ns FROM job"
@@ -373,8 +399,9 @@ class Jobs:
             ).fetchall()
             gone = []
             for object_id, name, *identity in rows:
-                now = seen.get(os.fsdecode(name))
-                stays = now is not None and now.same_content(_identity(*identity))
+                now, then = seen.get(os.fsdecode(name)), _identity(*identity)
+                is_away = device is not None and then.dev not in there
+                stays = is_away or (now is not None and now.same_content(then))
                 if not stays and object_id not in claimed:
                     gone.append((object_id,))
             self._db.executemany("DELETE FROM job WHERE object_id = ?", gone)

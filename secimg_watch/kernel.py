@@ -347,6 +347,28 @@ def _take_lock(fd: int) -> bool:
     return taken
 
 
+def lock_directory(fd: int) -> bool:
+    """Lock an open directory; false where another descriptor of it holds the lock.
+
+    Where directories cannot be locked, as on some network file systems, the answer is true.
+    """
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+    return True
+
+
+def unlock_directory(fd: int) -> None:
+    """Give back the lock of `lock_directory`, if there is one."""
+    if sys.platform != "win32":
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)
+
+
 def free_space(path: Path) -> tuple[int, int]:
     """Bytes free for this user, and bytes in all, on the file system that holds ``path``."""
     usage = shutil.disk_usage(path)

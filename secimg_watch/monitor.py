@@ -6,6 +6,7 @@ no other. Nothing here reads a picture or changes a file.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 from secimg_watch import kernel
 from secimg_watch.errors import FolderGoneError, QueueError, SecimgError
 from secimg_watch.names import display
+from secimg_watch.quantities import format_duration
 from secimg_watch.records import Arrival, FolderKey, Proof, Settled
 from secimg_watch.roots import QUARANTINE_NAME, Root
 from secimg_watch.scan import Found, is_gone, look, scan
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 _TICK: Final = 1.0  # seconds between two looks at root and watcher
 _HINTS: Final = 10_000  # more than these, and a scan is cheaper than looking one by one
 _LOOKS: Final = 256  # files passed over since the last scan that each turn looks at again
+_OVERDUE: Final = 3600.0  # seconds after which somebody should look at what is not complete
 _SCAN_SHARE: Final = 10  # a folder is not scanned for more than a tenth of the time on doubt
 
 log = logging.getLogger(__name__)
@@ -46,7 +49,7 @@ class Health(StrEnum):
 
     STARTING = "starting"
     OK = "ok"
-    DEGRADED = "degraded"  # everything is taken, but later than it could be
+    DEGRADED = "degraded"  # what is complete is taken, but later than it could be, or much is not
     PAUSED = "paused"  # something around it must recover first
     GONE = "gone"  # the folder is not there
 
@@ -91,6 +94,8 @@ class Monitor(threading.Thread):
         self.fault: QueueError | None = None  # what ended the thread
         self._native = watcher if policy.watch != "poll" else None
         self._remote = False
+        self._was_mounted = False
+        self._device: int | None = None
         self._changed = threading.Condition()
         self._hints: dict[str, tuple[bool, bool]] = {}
         self._doubts: list[str] = []
@@ -98,11 +103,13 @@ class Monitor(threading.Thread):
         self._stopping = False
         self._scanned = 0.0
         self._next_scan = 0.0
+        self._next_watch = 0.0
         self._scan_took = 0.0
         self._watching = False
         self._trouble = ""
         self._passed: dict[str, Passed] = {}
         self._heard: set[str] = set()
+        self._unfinished: dict[str, tuple[Identity, float]] = {}
         self._told: Counter[Passed] = Counter()
         self._strays = 0  # in the staging directory, and none of ours
         self._turning = False
@@ -234,8 +241,21 @@ class Monitor(threading.Thread):
             log.warning("folder %s: its watch died; watching anew", self.key)
             self._watch(self.root)
             self._next_scan = 0.0
+        elif self._is_partly_deaf() and time.monotonic() >= self._next_watch:
+            # A limit may have been raised, or others have let go of what they held.
+            self._watch(self.root)
+            self._next_scan = 0.0
+
+    def _is_partly_deaf(self) -> bool:
+        refused = self._refused()[0] > 0
+        return self._wants_events() and (refused or not self._watching)
+
+    def _wants_events(self) -> bool:
+        return self._native is not None and not (self._remote and self.policy.watch == "auto")
 
     def _lose_root(self) -> None:
+        if self.root is not None:
+            self.root.unlock()
         self.root = None
         self._watching = False
         if self._native is not None:
@@ -244,6 +264,7 @@ class Monitor(threading.Thread):
     def _open_root(self) -> None:
         try:
             root = Root(self.policy.path, self.policy.staging)
+            root.lock()  # before its claimed files are taken for left over ones
             self._attach(root)
         except QueueError:
             raise
@@ -253,6 +274,11 @@ class Monitor(threading.Thread):
             self._trouble = str(error)
             return
         self._trouble = ""
+        self._was_mounted = self._was_mounted or root.is_mount_point
+        if root.device != self._device:
+            # What lay on another file system is away with it, and has not vanished.
+            self._tracker = Tracker(self.policy.settle)
+            self._device = root.device
         self._remote = kernel.is_remote(kernel.file_system_type(self.policy.path))
         self._watch(root)
         self.root = root
@@ -264,14 +290,17 @@ class Monitor(threading.Thread):
 
     def _watch(self, root: Root) -> None:
         self._watching = False
-        if self._native is None or (self._remote and self.policy.watch == "auto"):
+        if self._native is None or not self._wants_events():
             return
+        self._next_watch = time.monotonic() + self.policy.rescan
+        self._trouble = ""
         self._native.unwatch(self.key)
         path = os.path.realpath(root.path)
         try:
             self._native.watch(self.key, path, self, recursive=self.policy.recursive)
         except OSError as error:
-            self._trouble = f"it cannot be watched ({error.strerror}); polling instead"
+            remedy = "; raise fs.inotify.max_user_instances" if error.errno == errno.EMFILE else ""
+            self._trouble = f"it cannot be watched ({error.strerror}); polling instead{remedy}"
             return
         self._watching = True
 
@@ -280,6 +309,11 @@ class Monitor(threading.Thread):
             return Health.GONE if self._trouble else Health.STARTING, self._trouble
         if self._trouble:
             return Health.DEGRADED, self._trouble
+        if self._was_mounted and not self.root.is_mount_point:
+            return Health.DEGRADED, (
+                "its file system is not mounted any more; what arrives meanwhile is taken;"
+                " reload the service if that is meant"
+            )
         refused, why = self._refused()
         if refused:
             limit = kernel.watch_limit()
@@ -291,7 +325,21 @@ class Monitor(threading.Thread):
             return Health.DEGRADED, f"{self.root.why_no_staging}; pictures are sealed in place"
         if self._native is None and self.policy.watch == "native":
             return Health.DEGRADED, "no native watching is to be had here; polling instead"
+        overdue = self._overdue(time.monotonic())
+        if overdue:
+            patience = format_duration(_OVERDUE)
+            return Health.DEGRADED, (
+                f"{overdue} files are not complete after {patience}: their producer still has them"
+                " open, or left them; 'why' tells of each"
+            )
         return Health.OK, ""
+
+    def _overdue(self, now: float) -> int:
+        left = sum(
+            path in self._passed and now - since > _OVERDUE
+            for path, (_, since) in self._unfinished.items()
+        )
+        return left + self._tracker.overdue(now - _OVERDUE - self.policy.settle)
 
     def _refused(self) -> tuple[int, str]:
         return self._native.unwatched(self.key) if self._native and self._watching else (0, "")
@@ -366,9 +414,12 @@ class Monitor(threading.Thread):
         if vanished:
             self._jobs.count(self.key, "vanished", vanished)
         entries = root.entries()
-        self._jobs.forget_vanished(self.key, seen, entries)
+        self._jobs.forget_vanished(self.key, seen, entries, device=root.device)
         self._count_strays(root, entries)
         self._report_passed()
+        self._unfinished = {
+            path: since for path, since in self._unfinished.items() if path in self._passed
+        }
         self._scanned = time.monotonic()
         self._scan_took = self._scanned - started
         self._next_scan = self._scanned + self._interval()
@@ -404,6 +455,9 @@ class Monitor(threading.Thread):
             self._tracker.observe(found.relpath, found.identity, now, wall, renamed=renamed)
         elif found.passed is Passed.TEMPORARY:
             self._tracker.observe_temporary(found.relpath, found.identity)
+            before = self._unfinished.get(found.relpath)
+            if before is None or before[0] != found.identity:
+                self._unfinished[found.relpath] = (found.identity, time.monotonic())
 
     # -- queueing files ------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from secimg_watch import kernel
-from secimg_watch.errors import FolderGoneError, NotAllowedError
+from secimg_watch.errors import AlreadyRunningError, FolderGoneError, NotAllowedError
 from secimg_watch.selection import STAGING_NAME
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class Root:
             self.directory = Directory(os.open(os.path.realpath(path), kernel.DIRECTORY))
         except OSError as error:
             raise FolderGoneError(f"the folder cannot be opened: {error.strerror}") from error
+        self.is_mount_point = os.path.ismount(os.path.realpath(path))
         self.why_no_staging = ""
         self.staging_path = staging or path / STAGING_NAME
         self.staging = self._open_staging(named=staging is not None)
@@ -82,6 +83,11 @@ class Root:
     def fd(self) -> int:
         """Descriptor of the root."""
         return self.directory.fd
+
+    @property
+    def device(self) -> int:
+        """The file system that the root lies on."""
+        return self.directory.node[0]
 
     def is_current(self) -> bool:
         """Whether both paths still lead to the directories that are held open.
@@ -94,6 +100,23 @@ class Root:
         if self.staging is None:
             return not self._is_barred or os.path.lexists(self.staging_path)
         return _leads_to(self.staging_path, self.staging)
+
+    def lock(self) -> None:
+        """Be the one service that works here.
+
+        The staging directory is locked, which nobody else can open: anybody who may read the
+        folder itself could lock that, and keep it from being served.
+
+        Raises:
+            AlreadyRunningError: another service does.
+        """
+        if self.staging is not None and not kernel.lock_directory(self.staging.fd):
+            raise AlreadyRunningError("another secimg-watch works on this folder")
+
+    def unlock(self) -> None:
+        """Let another service work here; descriptors stay good."""
+        if self.staging is not None:
+            kernel.unlock_directory(self.staging.fd)
 
     def _open_staging(self, *, named: bool) -> Directory | None:
         try:

@@ -91,6 +91,7 @@ def judge(rule: ProofRule, settle: float, evidence: Evidence) -> Proof | Missing
 class _Entry:
     identity: Identity
     first_seen_ns: int
+    first: float
     since: float
     due: float
     renamed: bool
@@ -133,10 +134,13 @@ class Tracker:
             self._look_again(entry, now, renamed=renamed)
             return
         wait = max(self._settle, EMPTY_GRACE) if identity.size == 0 else self._settle
-        seen = wall_ns if entry is None or entry.handed else entry.first_seen_ns
+        if entry is None or entry.handed:
+            seen, first = wall_ns, now
+        else:
+            seen, first = entry.first_seen_ns, entry.first
         # Used up: the kernel gives the number of a deleted file to the next one.
         known = self._temporary.pop((identity.dev, identity.ino), None) is not None
-        self._entries[relpath] = _Entry(identity, seen, now, now + wait, renamed or known)
+        self._entries[relpath] = _Entry(identity, seen, first, now, now + wait, renamed or known)
 
     def _look_again(self, entry: _Entry, now: float, *, renamed: bool) -> None:
         entry.renamed = entry.renamed or renamed
@@ -188,6 +192,13 @@ class Tracker:
     def waiting(self) -> int:
         """How many files with something in them are seen and not yet handed over."""
         return sum(not e.handed and e.identity.size > 0 for e in self._entries.values())
+
+    def overdue(self, since: float) -> int:
+        """How many files with something in them were there at that time, and still wait."""
+        return sum(
+            not e.handed and e.identity.size > 0 and e.first <= since
+            for e in self._entries.values()
+        )
 
     def empty(self) -> int:
         """How many files have nothing in them yet."""
