@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import sqlite3
 import threading
 import time
@@ -143,8 +144,10 @@ class Jobs:
     then, but nothing can go on without it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, replace: bool = True) -> None:
         """Open or create the database; a damaged one is put aside and made anew.
+
+        Without ``replace`` it is not: that is for the one process that owns it.
 
         Raises:
             StorageError: it can neither be opened nor replaced.
@@ -152,15 +155,12 @@ class Jobs:
         self._changed = threading.Condition(threading.Lock())
         self._released = False
         try:
-            self._db = _open(path)
-        except sqlite3.OperationalError as error:
+            self._db = _open_or_replace(path) if replace else _open(path)
+        except sqlite3.Error as error:
             # Locked, unreadable, a full disk: no reason to give up what is in it.
             raise StorageError(f"the queue {path} cannot be opened: {error}") from error
         except OSError as error:
             raise StorageError(f"the queue {path} cannot be opened: {error.strerror}") from error
-        except sqlite3.DatabaseError:
-            _put_aside(path)
-            self._db = _open(path)
 
     @contextlib.contextmanager
     def _hold(self) -> Iterator[None]:
@@ -515,6 +515,16 @@ class Jobs:
             self._db.execute("UPDATE job SET state = ? WHERE object_id = ?", (state, object_id))
 
 
+def _open_or_replace(path: Path) -> sqlite3.Connection:
+    try:
+        return _open(path)
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError:
+        _put_aside(path)
+        return _open(path)
+
+
 def _open(path: Path) -> sqlite3.Connection:
     # SQLite gives its log, which holds names too, the mode of the database.
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -527,7 +537,10 @@ def _open(path: Path) -> sqlite3.Connection:
         database.executescript(_SCHEMA)
         (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
-            raise sqlite3.DatabaseError(verdict)
+            code = re.search(r"error code=(\d+)", verdict)
+            # A disk that does not answer says nothing of what is on it.
+            unread = code is not None and int(code[1]) & 0xFF == sqlite3.SQLITE_IOERR
+            raise sqlite3.OperationalError("disk I/O error") if unread else _damage(verdict)
     except sqlite3.Error:
         database.close()
         raise
@@ -540,6 +553,10 @@ def _names(folders: Collection[FolderKey]) -> str:
 
 def _parameters(folders: Collection[FolderKey]) -> dict[str, str | float]:
     return {"now": time.time(), **{f"f{number}": each for number, each in enumerate(folders)}}
+
+
+def _damage(verdict: str) -> sqlite3.DatabaseError:
+    return sqlite3.DatabaseError(f"it is damaged: {' '.join(verdict.split())}")
 
 
 def _put_aside(path: Path) -> None:

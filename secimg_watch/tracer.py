@@ -277,7 +277,10 @@ class _Run:
         alarm.start()
         try:
             while self.alive:
-                thread, status = os.waitpid(-1, _WALL)
+                try:
+                    thread, status = os.waitpid(-1, _WALL)
+                except ChildProcessError:
+                    break  # one that was announced was killed before it ever came
                 if os.WIFSTOPPED(status):  # type: ignore[attr-defined, unused-ignore]
                     self._stopped(thread, status)
                     continue

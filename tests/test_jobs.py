@@ -649,3 +649,38 @@ def test_a_database_that_may_not_be_opened_is_not_put_aside() -> None:
 def test_a_database_that_cannot_be_made_says_so(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot be opened"):
         Jobs(tmp_path / "nowhere/queue.sqlite")
+
+
+def test_a_database_that_cannot_be_read_for_a_moment_is_no_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Jobs(tmp_path / "queue.sqlite").close()
+
+    class Unread:
+        def __init__(self, real: sqlite3.Connection) -> None:
+            self._real = real
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._real, name)
+
+        def execute(self, query: str) -> sqlite3.Cursor:
+            if "quick_check" in query:
+                text = "*** in database main ***\\nPage 7: unable to get the page. error code=8458"
+                return self._real.execute("SELECT ?", (text,))
+            return self._real.execute(query)
+
+    real = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **kw: Unread(real(*args, **kw)))
+    with pytest.raises(StorageError, match="disk I/O error"):
+        Jobs(tmp_path / "queue.sqlite")
+    assert not list(tmp_path.glob("*.damaged*"))
+
+
+def test_only_the_owner_puts_a_damaged_database_aside(tmp_path: Path) -> None:
+    path = tmp_path / "queue.sqlite"
+    path.write_bytes(b"no database" * 1000)
+    with pytest.raises(StorageError, match="cannot be opened"):
+        Jobs(path, replace=False)
+    assert not list(tmp_path.glob("*.damaged*"))
+    Jobs(path).close()
+    assert list(tmp_path.glob("*.damaged"))

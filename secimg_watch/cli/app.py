@@ -284,7 +284,8 @@ def guarded(command: Callable[P, int | None]) -> Callable[P, NoReturn]:
             if verbose >= _VERBOSE:
                 traceback.print_exc()
             refused = NotAllowedError if isinstance(error, PermissionError) else StorageError
-            fault = refused(f"the system failed: {str(error.strerror).lower()}: {error.filename}")
+            where = "" if error.filename is None else f": {error.filename}"
+            fault = refused(f"the system failed: {str(error.strerror).lower()}{where}")
             terminal.complain(fault)
             sys.exit(fault.exit_code)
         except Exception as error:

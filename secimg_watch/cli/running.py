@@ -333,7 +333,7 @@ def _queue(policy: Policy) -> Iterator[Jobs | None]:
     if not path.exists():
         yield None
         return
-    queue = Jobs(path)
+    queue = Jobs(path, replace=False)
     try:
         yield queue
     finally:
