@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from secimg_watch.roots import Root
 
 # For good, as far as this file is concerned: rights, a read-only file system, or a ``move:``
-# target on another one.
-_REFUSED: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV})
+# target on another one, or with something else where a sub-folder should be.
+_REFUSED: Final = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV, errno.ENOTDIR, errno.ELOOP}
+)
 
 
 @dataclass(frozen=True, slots=True)

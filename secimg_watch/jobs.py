@@ -220,7 +220,8 @@ class Jobs:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN")
+        # At once: one that reads first and writes then fails where somebody wrote in between.
+        self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
             self._db.execute("COMMIT")

@@ -238,6 +238,10 @@ class Service:
                 )
             vault_id = self._check(name, vault, keys).vault_id
             vault.lock()
+            # What was checked may have been unmounted before it was locked.
+            if not vault.exists() or vault.info().vault_id != vault_id:
+                vault.unlock()
+                raise VaultGoneError(f"the vault {vault.path} was removed, replaced or unmounted")
             vault.discard_temporaries()
         except (NotReadyError, StorageError, OSError) as error:
             vault.unlock()

@@ -260,6 +260,7 @@ class _Run:
     decide: Callable[[Call], Decision]
     returned: Callable[[Call, int], None]
     alive: set[int] = field(default_factory=set)
+    ended: set[int] = field(default_factory=set)
     watched: dict[int, Call] = field(default_factory=dict)
     count: int = 0
 
@@ -285,6 +286,7 @@ class _Run:
                     self._stopped(thread, status)
                     continue
                 self.alive.discard(thread)
+                self.ended.add(thread)
                 if thread == self.main:
                     over.set()
                     outcome.code = os.waitstatus_to_exitcode(status)
@@ -305,7 +307,8 @@ class _Run:
             if event == _AT_SECCOMP:
                 how = self._at_call(thread)
             elif event in _FORKS:
-                self.alive.add(_event_message(thread))
+                # It may have come and gone by now.
+                self.alive |= {_event_message(thread)} - self.ended
             elif event == _AT_STOP:
                 how = _LISTEN if number in _GROUP_STOPS else _CONT
             elif number == _AT_RETURN:

@@ -207,6 +207,17 @@ class Vault:
             raise AlreadyRunningError(f"another process writes to the vault {self.path}")
         self._node = self._look()
 
+    def refuse_if_gone(self) -> None:
+        """Raise where what was admitted and locked is not what the path leads to now.
+
+        An unmounted disk would have its objects written to the empty directory below it.
+
+        Raises:
+            VaultGoneError: it was removed, replaced or unmounted.
+        """
+        if self._node is not None and self._look() != self._node:
+            raise VaultGoneError(f"the vault {self.path} was removed, replaced or unmounted")
+
     def _look(self) -> tuple[int, int] | None:
         try:
             status = os.stat(self.path)
@@ -245,10 +256,7 @@ class Vault:
         """
         path = self._temporary(sealed.object_id)
         _unlink(path)
-        if self._node is not None and self._look() != self._node:
-            # What was admitted and locked is not what the path leads to now: an unmounted disk
-            # would have its objects written to the empty directory below it.
-            raise VaultGoneError(f"the vault {self.path} was removed, replaced or unmounted")
+        self.refuse_if_gone()
         self._write(path, sealed.size, lambda fd: write_pieces(fd, sealed.chunks()))
         return Staged(sealed.claimed, sealed.object_id, path, sealed.file_key)
 
@@ -442,19 +450,20 @@ def commit(batch: Sequence[tuple[Vault, Verified]]) -> list[Committed | Exceptio
     shards = {path.parent for path in renamed if not isinstance(path, Exception)}
     synced = {shard: _outcome(kernel.sync_path, shard) for shard in shards}
     outcomes: list[Committed | Exception] = []
-    for (_, verified), path in zip(batch, renamed, strict=True):
+    for (vault, verified), path in zip(batch, renamed, strict=True):
         if isinstance(path, Exception):
             outcomes.append(path)
             continue
-        fault = synced[path.parent]
+        # What was synced just now may lie in another directory than what was locked.
+        fault = _outcome(Vault.refuse_if_gone, vault) or synced[path.parent]
         outcomes.append(fault if isinstance(fault, Exception) else Committed(verified, path))
     return outcomes
 
 
-def _outcome(act: Callable[[A], R], argument: A) -> R | OSError:
+def _outcome(act: Callable[[A], R], argument: A) -> R | OSError | VaultGoneError:
     try:
         return act(argument)
-    except OSError as error:
+    except (OSError, VaultGoneError) as error:
         return error
 
 

@@ -355,11 +355,14 @@ def test_a_log_that_begins_no_epoch_is_none() -> None:
 def test_an_epoch_that_nobody_opens_is_a_fault_and_so_is_what_follows_in_its_name() -> None:
     book = Book()
     book.begin(STRANGER)
-    book.say()
+    for _ in range(3):
+        book.say()
     book.sync()
     found = checked(book.data, book.head)
     assert found.faults == ["no key at hand opens the entries from 1 on"]
     assert checked(book.data, book.head, (STRANGER,)).faults == []
+    gap = b"".join(line for line in book.lines() if b'"n":2,' not in line)
+    assert "entry 2 is missing" in " ".join(checked(gap, book.head).faults)
 
 
 def test_where_there_is_a_key_nothing_counts_that_a_public_key_was_enough_for() -> None:
@@ -591,9 +594,10 @@ def test_checking_comes_to_an_end_whatever_is_in_a_log(planted: list[bytes], at:
     assert found.faults or data.startswith(book.data)
 
 
-def test_a_log_that_grows_while_it_is_checked_is_not_believed_unseen() -> None:
+def test_a_log_that_is_exchanged_while_it_is_checked_is_not_believed() -> None:
     book = small_book()
-    forgery = a_strangers_epoch(1) + forged(2, "sealed") + forged(5, "sealed")
-    looks = [book.data, forgery]
+    last = book.end.mac.hex()
+    lines = [a_strangers_epoch(1), *(forged(n, "sealed") for n in (2, 3, 4))]
+    looks = [book.data, b"".join(lines) + forged(5, "sealed", last)]
     found = check(lambda: looks.pop(0).splitlines(keepends=True), book.head, (OLD,))
     assert found.faults

@@ -138,6 +138,14 @@ def test_no_file_of_roots_is_given_away_or_written_through_a_link(
     assert precious.stat().st_uid == 0
 
 
+@pytest.mark.skipif(not IS_ROOT, reason="only root can give files away")
+def test_a_file_with_something_in_it_keeps_its_owner(state: Path) -> None:
+    run(state, 1)
+    os.chown(state, NOBODY, NOBODY)
+    run(state, 2)
+    assert (state / LOG_NAME).stat().st_uid == 0
+
+
 def test_a_pipe_in_its_place_is_refused_at_once(state: Path) -> None:
     state.mkdir()
     os.mkfifo(state / LOG_NAME)
@@ -207,7 +215,14 @@ def test_the_order_is_log_then_head(state: Path, monkeypatch: pytest.MonkeyPatch
     assert calls[:3] == ["write_all", "fsync", "write_at"]
 
 
-def test_threads_may_write_at_once(state: Path) -> None:
+def test_threads_may_write_at_once(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = kernel.write_all
+
+    def slowly(fd: int, data: bytes) -> None:
+        time.sleep(0)  # lets another thread in, if there is nothing to keep it out
+        real(fd, data)
+
+    monkeypatch.setattr(kernel, "write_all", slowly)
     with opened(state) as log:
 
         def write(who: int) -> None:
@@ -260,9 +275,13 @@ def test_a_closed_log_writes_nowhere(state: Path) -> None:
     log = Audit(state, KEYS)
     log.append([STARTED], durable=True)
     log.close()
+    others = [(state / name).open("wb", buffering=0) for name in ("a", "b", "c")]
     with pytest.raises(NotReadyError):
         log.append([STARTED], durable=True)
     log.close()
+    for other in others:
+        other.close()
+    assert {path.stat().st_size for path in map(state.joinpath, "abc")} == {0}
 
 
 def test_moments_are_shown_in_utc_to_the_millisecond() -> None:
@@ -543,6 +562,18 @@ def test_an_older_head_is_gone_on_from(state: Path) -> None:
     run(state, 4)
     found = verified(state)
     assert (found.faults, found.events["sealed"]) == ([], 4)
+
+
+def test_a_head_from_another_life_of_the_same_log_is_a_fault(state: Path) -> None:
+    run(state, 1)
+    before = log_of(state), head_of(state)
+    run(state, 2)
+    other = head_of(state)
+    put(state, *before)
+    run(state, 3)
+    assert verified(state).faults == []  # which is what nobody can see on this machine
+    put(state, log_of(state), other)
+    assert verified(state).faults == ["entry 5 is not the one that a head names"]
 
 
 def test_a_log_that_was_removed_is_a_fault_for_good(state: Path) -> None:

@@ -72,7 +72,7 @@ ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
 ERASES_TOO_EARLY = """
 import time
 from secimg_watch import pipeline
-from secimg_watch.claim import remove_directories
+from secimg_watch.roots import remove_directories
 from secimg_watch.records import Erased
 
 commit = pipeline.commit
@@ -88,8 +88,9 @@ def commit_late(batch):
 def erase(batch):
     for each in batch:
         claimed = each.committed.verified.staged.claimed
-        object_id = claimed.inspected.held.job.object_id
-        remove_directories(each.root.staging.fd, object_id, claimed.name)
+        job = claimed.inspected.held.job
+        folders = os.path.dirname(f"{job.object_id}/{job.relpath}")
+        remove_directories(each.root.staging.fd, folders)
     return [Erased(each.committed, time.time_ns()) for each in batch]
 
 pipeline.commit, pipeline.erase = commit_late, erase

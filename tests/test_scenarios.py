@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import daemon
 import pytest
-from click.testing import CliRunner
 from daemon import STAGING, Site, files_below, picture, place, wait_until
 from path_builders import (
     PICTURE,
@@ -39,7 +38,6 @@ from path_builders import (
 )
 
 from secimg_watch import kernel, monitor, pipeline, service, settle
-from secimg_watch.cli import cli
 from secimg_watch.erase import erase
 from secimg_watch.jobs import Jobs
 from secimg_watch.monitor import Monitor
@@ -788,6 +786,27 @@ def test_a_second_service_on_one_folder_waits_until_the_first_one_is_gone(plain:
     assert other.restored() == {b"last.jpg": content}
 
 
+def test_a_command_that_writes_to_the_queue_meanwhile_makes_no_job_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = FolderKey("/srv/scans")
+    path = tmp_path / "queue.sqlite"
+    with contextlib.closing(Jobs(path)) as jobs, contextlib.closing(Jobs(path)) as command:
+        follow = jobs._follow_device
+        writing = threading.Thread(target=command.count, args=(key, "vanished"))
+
+        def follow_and_be_disturbed(row: Any) -> None:
+            follow(row)
+            writing.start()
+            writing.join(0.3)  # it waits its turn, or has had it
+
+        monkeypatch.setattr(jobs, "_follow_device", follow_and_be_disturbed)
+        arrival = Arrival(key, "a.jpg", Identity(1, 2, 3, 4, 5), 1)
+        assert jobs.admit([Settled(arrival, Proof.LEASE)]) == 1
+        writing.join()
+        assert jobs.counters(key) == {"vanished": 1}
+
+
 # -- what cannot be deleted or read ------------------------------------------------------------
 
 
@@ -826,8 +845,6 @@ def test_a_file_that_may_not_be_read_is_named_and_taken_once_it_may(ordinary: Si
     assert "Permission denied" in answer["reason"]
     assert ordinary.plaintexts() == [b"a.jpg"]
     path.chmod(0o600)
-    again = ["--policy", str(ordinary.policy_path), "jobs", "retry", "--all"]
-    assert CliRunner().invoke(cli, again).output == "1 queued again\n"
     assert drain(ordinary).sealed == 1
     assert ordinary.restored() == {b"a.jpg": content}
 
