@@ -97,7 +97,6 @@ class _Entry:
     renamed: bool
     retry: float = _FIRST_RETRY
     missing: Missing | None = None
-    handed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,21 +122,22 @@ class Tracker:
         """``settle``: seconds without change."""
         self._settle = settle
         self._entries: dict[str, _Entry] = {}
+        self._handed: dict[str, Identity] = {}
         self._temporary: dict[tuple[int, int], str] = {}
 
     def observe(
         self, relpath: str, identity: Identity, now: float, wall_ns: int, *, renamed: bool = False
     ) -> None:
         """Take note of a file as it is now; ``renamed``: this event was a rename into place."""
+        if self._handed.get(relpath) == identity:
+            return
+        self._handed.pop(relpath, None)
         entry = self._entries.get(relpath)
         if entry is not None and entry.identity == identity:
             self._look_again(entry, now, renamed=renamed)
             return
         wait = max(self._settle, EMPTY_GRACE) if identity.size == 0 else self._settle
-        if entry is None or entry.handed:
-            seen, first = wall_ns, now
-        else:
-            seen, first = entry.first_seen_ns, entry.first
+        seen, first = (entry.first_seen_ns, entry.first) if entry else (wall_ns, now)
         # Used up: the kernel gives the number of a deleted file to the next one.
         known = self._temporary.pop((identity.dev, identity.ino), None) is not None
         self._entries[relpath] = _Entry(identity, seen, first, now, now + wait, renamed or known)
@@ -155,28 +155,29 @@ class Tracker:
     def forget(self, relpath: str) -> None:
         """The file is gone, or is none of ours any more."""
         self._entries.pop(relpath, None)
+        self._handed.pop(relpath, None)
 
     def retain(self, seen: AbstractSet[str]) -> int:
         """Forget all but the ``seen`` paths; how many vanished before they were taken."""
         gone = self._entries.keys() - seen
-        vanished = sum(not self._entries[path].handed for path in gone)
         for path in gone:
             del self._entries[path]
+        self._handed = {path: node for path, node in self._handed.items() if path in seen}
         self._temporary = {node: path for node, path in self._temporary.items() if path in seen}
-        return vanished
+        return len(gone)
 
     def due(self, now: float) -> list[Candidate]:
         """The files whose time has come, oldest first."""
         found = [
             Candidate(path, e.identity, e.first_seen_ns, e.renamed, now - e.since)
             for path, e in self._entries.items()
-            if not e.handed and e.due <= now
+            if e.due <= now
         ]
         return sorted(found, key=lambda candidate: candidate.first_seen_ns)
 
     def next_due(self) -> float | None:
         """When the next file's time comes, or ``None``."""
-        return min((e.due for e in self._entries.values() if not e.handed), default=None)
+        return min((e.due for e in self._entries.values()), default=None)
 
     def postpone(self, relpath: str, missing: Missing, now: float) -> None:
         """The proof is missing: ask again later, at growing intervals of at most ten seconds."""
@@ -187,27 +188,24 @@ class Tracker:
 
     def hand_over(self, relpath: str) -> None:
         """The queue knows the file now; it is not listed again while it stays as it is."""
-        self._entries[relpath].handed = True
+        self._handed[relpath] = self._entries.pop(relpath).identity
 
     def waiting(self) -> int:
         """How many files with something in them are seen and not yet handed over."""
-        return sum(not e.handed and e.identity.size > 0 for e in self._entries.values())
+        return sum(e.identity.size > 0 for e in self._entries.values())
 
     def overdue(self, since: float) -> int:
         """How many files with something in them were there at that time, and still wait."""
-        return sum(
-            not e.handed and e.identity.size > 0 and e.first <= since
-            for e in self._entries.values()
-        )
+        return sum(e.identity.size > 0 and e.first <= since for e in self._entries.values())
 
     def empty(self) -> int:
         """How many files have nothing in them yet."""
-        return sum(not e.handed and e.identity.size == 0 for e in self._entries.values())
+        return sum(e.identity.size == 0 for e in self._entries.values())
 
     def unready(self) -> list[str]:
         """The paths that settled and lack their proof."""
         return [
             path
             for path, e in self._entries.items()
-            if not e.handed and e.missing is not None and e.identity.size > 0
+            if e.missing is not None and e.identity.size > 0
         ]

@@ -11,7 +11,8 @@ Inode numbers and change times are not the recorded ones after that; the healthy
 see the recorded ones, so that rows of the queue mean the files that they meant.
 
 ``states`` counts the different ones that are listed: all that are possible where those are few,
-else a choice. ``tried`` is a random sample of them. Under ``halves`` pictures do get lost: no
+else a choice. Each of them is looked at for what may be lost in it; ``tried`` is a sample, half of
+it of states at such a risk if there are any. Under ``halves`` pictures do get lost: no
 program can help that, and it does not count. Legal costs: a picture is *sealed twice* where only
 its row knew its object (in place, or kept), where its object does not open again (write-only),
 and, where names reorder, when its claim did not last and its object did.
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import io
 import multiprocessing
 import os
 import random
@@ -48,11 +50,13 @@ from disk_model import (
     Sync,
     Write,
 )
+from PIL import Image
 from rig import STAGING, Rig, scratch, small_pictures
 
 from secimg_watch.audit import events_of, read_log
 from secimg_watch.errors import CannotCreateError, NoInputError, SecimgError
 from secimg_watch.gate import check_keys
+from secimg_watch.images import bytes_to_image
 from secimg_watch.jobs import Jobs
 from secimg_watch.jobs import State as JobState
 from secimg_watch.keys import provider_for
@@ -62,7 +66,7 @@ from secimg_watch.records import Identity
 from secimg_watch.rekey import take_census
 from secimg_watch.roots import QUARANTINE_NAME
 from secimg_watch.seal import open_object
-from secimg_watch.tracer import Call, Fail, Watch
+from secimg_watch.tracer import Call, Fail, Kill, Watch, trace
 from secimg_watch.vault import Vault
 
 assert sys.platform == "linux", "system calls are traced on Linux only"
@@ -77,6 +81,7 @@ if TYPE_CHECKING:
     from secimg_watch.tracer import Decision
 
 TWICE: Final = "sealed twice"
+SIGKILLED: Final = -9
 PATIENCE: Final = 20.0  # seconds for a run of a few hundredths
 USUAL: Final = Effort()
 FEW: Final = Effort(namings=32, sample=8, contents=6)
@@ -369,6 +374,32 @@ def as_recorded(stands_for: StandsFor) -> Iterator[None]:
 # -- scenarios ------------------------------------------------------------------------------------
 
 
+class Apart(Rig):
+    """Vault, key and state each in a directory of its own: the sync for one serves no other."""
+
+    __slots__ = ()
+
+    @property
+    def vault(self) -> Path:
+        """The vault's directory."""
+        return self.top / "disk" / "vault"
+
+    @property
+    def state(self) -> Path:
+        """The state directory."""
+        return self.top / "var" / "state"
+
+    @classmethod
+    def arrange(cls, top: Path) -> Apart:
+        """Make all that is there before the first command."""
+        key = {"provider": "file", "file": str(top / "etc" / "key")}
+        rig = cls(top, policy={"key": key})
+        for directory in (top, rig.drop, rig.vault.parent, top / "etc", rig.state.parent):
+            directory.mkdir()
+        rig.write_policy()
+        return rig
+
+
 @dataclass(slots=True)
 class Site:
     """What a scenario works on."""
@@ -409,10 +440,15 @@ class Site:
 
     # -- what there is ----
 
+    @property
+    def key(self) -> Path:
+        """The key file."""
+        return Path(self.rig.policy.get("key", {}).get("file", self.top / "key"))
+
     def ring(self) -> tuple[KeyEncryptionKey, ...]:
         """The stored keys; none where there are none yet."""
-        there = self.identity is None and (self.top / "key").exists()
-        return provider_for("file", "a/b", file=self.top / "key").load_ring() if there else ()
+        there = self.identity is None and self.key.exists()
+        return provider_for("file", "a/b", file=self.key).load_ring() if there else ()
 
     def objects(self) -> dict[ObjectId, bytes]:
         """What all objects hold. One that does not open raises `SecimgError`."""
@@ -484,6 +520,8 @@ class Scenario:
     name = "drain"
     rounds = 1
     """How many recordings are made."""
+    effort: Effort | None = None
+    """How many of the states of one moment are listed, where not the usual number."""
     share = 1
     """One in so many of the usual number of states is tried, as each takes so long."""
     verdict: ClassVar[frozenset[str]] = frozenset({"ordered", "weak", "named"})
@@ -513,9 +551,31 @@ class Scenario:
         }
         rig = Rig(top, workers=self.workers, folder=folder)
         rig.build()
-        site = Site(rig, small_pictures(self.count, SIZE), old_system=self.old_system)
+        site = Site(rig, self.pictures(), old_system=self.old_system)
         rig.put(site.pictures)
         return site
+
+    def pictures(self) -> dict[str, bytes]:
+        """What is in the folder."""
+        return small_pictures(self.count, SIZE)
+
+    def precious(self, site: Site) -> Collection[bytes]:
+        """What may not be lost: states in which it might be are tried before others."""
+        return site.pictures.values()
+
+    def disturbs(self, _call: Call) -> Decision:
+        """What happens to the recorded run from outside."""
+        return None
+
+    def perform(self, site: Site, **how: Any) -> None:
+        """Do what is recorded."""
+        for words in self.words:
+            outcome, output = site.rig.traced(words, **how)
+            assert outcome.code in self.good, (words, outcome, output)
+
+    def excused(self, _model: Model, faults: list[str], _site: Site) -> list[str]:
+        """What is left of the faults where some are beyond what is promised."""
+        return faults
 
     def at_once(self, site: Site) -> list[str]:
         """What is wrong when the power is back and nothing has run."""
@@ -558,16 +618,24 @@ class First(Scenario):
     words: tuple[tuple[str, ...], ...] = (("key", "init"), ("drain",))
 
     def make(self, top: Path) -> Site:
-        rig = Rig(top)
-        top.mkdir()
-        rig.drop.mkdir()
-        rig.write_policy()
-        site = Site(rig, small_pictures(self.count, SIZE))
-        rig.put(site.pictures)
+        site = Site(Apart.arrange(top), self.pictures())
+        site.rig.put(site.pictures)
         return site
 
     def afterwards(self, site: Site) -> list[str]:
         return site.run("key", "init") + Scenario.afterwards(self, site)
+
+
+class NewState(Scenario):
+    """The state directory is missing, and with it the audit log."""
+
+    name = "drain, no state yet"
+
+    def make(self, top: Path) -> Site:
+        site = First.make(First(0), top)
+        assert not site.run("key", "init")
+        shutil.rmtree(site.rig.state)
+        return site
 
 
 class Init(First):
@@ -591,6 +659,10 @@ class Kept(Scenario):
 class Moved(Scenario):
     name = "after: move"
     folder: ClassVar = {"after": "move:TOP/originals"}
+
+    def pictures(self) -> dict[str, bytes]:
+        # In sub-folders all: a file beside one would have that one's name synced by the way.
+        return {f"b/{name}": each for name, each in Scenario.pictures(self).items()}
 
     def left(self, site: Site) -> Mapping[str, bytes]:
         return {f"originals/{name}": content for name, content in site.pictures.items()}
@@ -617,7 +689,13 @@ class MovedOlder(Moved):
 
     name = "move, older system"
     old_system = True
-    verdict = frozenset({"ordered"})
+
+    def excused(self, model: Model, faults: list[str], site: Site) -> list[str]:
+        linked = any(path.stat().st_nlink > 1 for path in site.rig.drop.rglob("*.jpg"))
+        if model.in_order or not linked:
+            return faults
+        site.costs["left with two names"] += 1
+        return [fault for fault in faults if not fault.startswith(("in clear: ", "drain ended"))]
 
 
 class InPlace(Scenario):
@@ -647,11 +725,16 @@ class SetAside(Scenario):
         site.rig.put({"letter.pdf": self.letter})
         return site
 
+    def precious(self, site: Site) -> Collection[bytes]:
+        return [*site.pictures.values(), self.letter]
+
     def at_once(self, site: Site) -> list[str]:
         there = self.letter in site.clear().values()
         return site.lost() + ["lost: letter.pdf"] * (not there)
 
     def afterwards(self, site: Site) -> list[str]:
+        if self.letter not in site.clear().values():
+            return []  # that was told of already
         faults = site.run("drain", good=(1,))  # it is something that needs attention
         (aside,) = [name for name in site.clear() if name.endswith("letter.pdf")]
         if f"/{STAGING}/{QUARANTINE_NAME}/" not in aside:
@@ -670,8 +753,48 @@ class SetAside(Scenario):
             queue.close()
 
     def in_the_end(self, site: Site) -> list[str]:
+        (aside,) = [name for name in site.clear() if name.endswith("letter.pdf")] or [""]
+        left = [f"still in clear: {name}" for name in site.clear() if name != aside]
+        there = f"/{STAGING}/{QUARANTINE_NAME}/" in aside
+        return left + [f"said to be set aside: {aside}"] * (not there)
+
+
+class SetAsideAlone(SetAside):
+    """There is nothing else, whose deletion would have the staging directory synced."""
+
+    name = "quarantine, alone"
+    count = 0
+
+
+class Retry(SetAside):
+    """What was set aside comes back, as the policy takes it now."""
+
+    name = "jobs retry"
+    share = 1
+    count = 0
+    words = (("jobs", "retry", "--all"),)
+    good = (0,)
+
+    def make(self, top: Path) -> Site:
+        site = SetAside.make(self, top)
+        assert not site.run("drain", good=(1,))
+        site.rig.folder["not_image"] = "encrypt"
+        site.rig.write_policy()
+        return site
+
+    def at_once(self, site: Site) -> list[str]:
+        there = self.letter in (*site.clear().values(), *site.objects().values())
+        return [] if there else ["lost: letter.pdf"]
+
+    def afterwards(self, site: Site) -> list[str]:
+        faults = site.run(*self.words[0]) + site.run("drain")
+        faults += [f"in clear: {name}" for name in site.clear()]
+        sealed = list(site.objects().values()) == [self.letter]
+        return faults + ["not sealed: letter.pdf"] * (not sealed) + site.audited()
+
+    def in_the_end(self, site: Site) -> list[str]:
         return [
-            f"still in clear: {name}" for name in site.clear() if not name.endswith("letter.pdf")
+            f"said to be taken back: {name}" for name in site.clear() if QUARANTINE_NAME in name
         ]
 
 
@@ -796,14 +919,19 @@ class Retire(Rekey):
     def make(self, top: Path) -> Site:
         site = Rekey.make(self, top)
         assert not site.run("vault", "rekey")
-        self.words = (("key", "retire", site.ring()[1].key_id.hex()),)
+        self.words = (self.retire(site),)
         return site
+
+    def retire(self, site: Site) -> tuple[str, ...]:
+        """The command that forgets the former key."""
+        return "key", "retire", site.ring()[1].key_id.hex()
 
     def afterwards(self, site: Site) -> list[str]:
         # A key that is retired already is none that it knows.
         good = (0, NoInputError.exit_code)
         return [
-            *site.run(*self.words[0], good=good),
+            *(fault for words in self.words[:-1] for fault in site.run(*words)),
+            *site.run(*self.words[-1], good=good),
             *self.in_the_end(site),
             *site.lost(),
             *site.audited(),
@@ -813,10 +941,98 @@ class Retire(Rekey):
         return ["the former key is there"] * (len(site.ring()) > 1)
 
 
+class RekeyRetire(Retire):
+    """Once the key is gone no object may come back that needs it."""
+
+    name = "vault rekey, key retire"
+
+    def make(self, top: Path) -> Site:
+        site = Rekey.make(self, top)
+        self.words = (("vault", "rekey"), self.retire(site))
+        return site
+
+
+class Killed(Scenario):
+    """The first run was killed when it was about to sync something; the others went on from there.
+
+    What a dead process did is seen by all that come after it, and lasts no longer for that. There
+    is a round for each of the first run's syncs.
+    """
+
+    def __init__(self, seed: int) -> None:
+        Scenario.__init__(self, seed)
+        self.spared = seed % self.rounds
+
+    def disturbs(self, call: Call) -> Decision:
+        if self.spared < 0 or call.name not in _SYNCS:
+            return None
+        path = os.readlink(f"/proc/{call.thread}/fd/{call.args[0]}")
+        self.spared -= path.startswith(f"{self.top}/") or path == self.top
+        return Kill() if self.spared < 0 else None
+
+    def perform(self, site: Site, **how: Any) -> None:
+        self.top = os.path.realpath(site.top)
+        first, *others = self.words
+        outcome, output = site.rig.traced(first, **how)
+        assert outcome.code in {0, SIGKILLED}, (first, outcome, output)
+        self.spared = -1
+        self.words = tuple(others)
+        Scenario.perform(self, site, **how)
+
+
+class InitKilled(Killed, First):
+    name = "key init killed, drain"
+    words = (("key", "init"), ("key", "init"), ("drain",))
+    rounds = 12
+    effort = FEW
+
+
+class RotateKilled(Killed, Rotate):
+    """A key that something was sealed with may not be gone."""
+
+    name = "key rotate killed, drain"
+    words = (("key", "rotate"), ("drain",))
+    rounds = 6
+    effort = FEW
+
+    def afterwards(self, site: Site) -> list[str]:
+        return Scenario.afterwards(self, site) + site.lost()
+
+    def in_the_end(self, site: Site) -> list[str]:
+        return Scenario.in_the_end(self, site)
+
+
+class RetireKilled(Killed, RekeyRetire):
+    name = "vault rekey killed, key retire"
+    rounds = 6
+
+    def make(self, top: Path) -> Site:
+        site = RekeyRetire.make(self, top)
+        self.words = (("vault", "rekey"), *self.words)
+        return site
+
+
+class DrainKilled(Killed):
+    name = "drain killed, drain"
+    words = (("drain",), ("drain",))
+    rounds = 20
+    effort = FEW
+
+
+class SetAsideKilled(Killed, SetAsideAlone):
+    name = "quarantine killed, drain"
+    words = (("drain",), ("drain",))
+    rounds = 14
+    effort = FEW
+
+
 class Restore(Scenario):
     """What stands under a final name is whole, from the moment on that it stands there."""
 
     name = "vault restore"
+
+    def pictures(self) -> dict[str, bytes]:
+        return Moved.pictures(Moved(0))
 
     def make(self, top: Path) -> Site:
         site = Scenario.make(self, top)
@@ -850,6 +1066,46 @@ class RestoreOlder(Restore):
     old_system = True
 
 
+class Library(Scenario):
+    """A program that uses the library writes a picture over another one."""
+
+    name = "bytes_to_image"
+    count = 1
+
+    def make(self, top: Path) -> Site:
+        site = Scenario.make(self, top)
+        self.versions = [self.picture(), self.picture()]
+        (top / "out").mkdir()
+        (top / "out" / "a.png").write_bytes(self.versions[0])
+        return site
+
+    @staticmethod
+    def picture() -> bytes:
+        buffer = io.BytesIO()
+        Image.frombytes("RGB", (48, 64), os.urandom(48 * 64 * 3)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def perform(self, site: Site, **how: Any) -> None:
+        target = site.top / "out" / "a.png"
+
+        def work() -> int:
+            bytes_to_image(self.versions[1], target)
+            return 0
+
+        assert trace(work, **how).code == 0
+
+    def at_once(self, site: Site) -> list[str]:
+        there = (site.top / "out" / "a.png").read_bytes()
+        return [] if there in self.versions else ["neither the former picture nor the new one"]
+
+    def afterwards(self, _site: Site) -> list[str]:
+        return []
+
+    def in_the_end(self, site: Site) -> list[str]:
+        there = (site.top / "out" / "a.png").read_bytes()
+        return [] if there == self.versions[1] else ["the new picture is gone"]
+
+
 SCENARIOS: Final[dict[str, type[Scenario]]] = {
     each.name: each
     for each in (
@@ -865,9 +1121,14 @@ SCENARIOS: Final[dict[str, type[Scenario]]] = {
             Moved,
             InPlace,
             SetAside,
+            SetAsideAlone,
+            Retry,
+            NewState,
         ),
         *(Older, MovedOlder, RestoreOlder),
-        *(WriteOnly, Rekey, Reencrypt, Rotate, Retire, Restore),
+        *(WriteOnly, Rekey, Reencrypt, Rotate, Retire, RekeyRetire, Restore),
+        *(InitKilled, RotateKilled, RetireKilled, DrainKilled, SetAsideKilled),
+        Library,
     )
 }
 
@@ -883,11 +1144,9 @@ def record(scenario: Scenario, top: Path) -> tuple[Site, Recorder]:
         scenario.begin(site, recorder)
 
         def decide(call: Call) -> Decision:
-            return site.lacking(call) or recorder.decide(call)
+            return site.lacking(call) or scenario.disturbs(call) or recorder.decide(call)
 
-        for words in scenario.words:
-            outcome, output = site.rig.traced(words, decide, returned=recorder.returned)
-            assert outcome.code in scenario.good, (words, outcome, output)
+        scenario.perform(site, decide=decide, returned=recorder.returned)
     recorder.check()
     return site, recorder
 
@@ -914,15 +1173,56 @@ def distinct(
                 yield state
 
 
-def judge(scenario: Scenario, site: Site, recorder: Recorder, state: State) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Risk:
+    """Tells by its files alone, before it is laid out, whether something may be lost in a state."""
+
+    wanted: Collection[bytes]
+    objects: Mapping[str, tuple[bytes, bytes]]
+    """By path: each object as it was in the end, and what it holds."""
+
+    @classmethod
+    def of(cls, scenario: Scenario, site: Site) -> Risk:
+        """Look at a site whose commands have just ended."""
+        objects = {}
+        for object_id, content in site.objects().items():
+            path = Vault(site.rig.vault, Reserve(0.0, 0)).object_path(object_id)
+            objects[str(path.relative_to(site.top))] = (path.read_bytes(), content)
+        return cls(scenario.precious(site), objects)
+
+    def __call__(self, tree: Tree) -> bool:
+        """Whether it may."""
+        there = {entry.content for entry in tree.values()}
+        for path, (sealed, content) in self.objects.items():
+            if path in tree and tree[path].content == sealed:
+                there.add(content)
+        return not there.issuperset(self.wanted)
+
+
+def choice(
+    states: Iterable[State], disk: Disk, risk: Risk, limit: int, rng: random.Random
+) -> tuple[int, Collection[int]]:
+    """How many states there are, and which of them to try: half of these at a risk, if any are."""
+    count, risky = 0, []
+    for number, state in enumerate(states):
+        count += 1
+        if risk(disk.tree(state)):
+            risky.append(number)
+    chosen = {risky[at] for at in sampled(len(risky), max(1, limit // 2), rng)}
+    return count, chosen | set(sampled(count, max(1, limit - len(chosen)), rng))
+
+
+def judge(
+    scenario: Scenario, site: Site, recorder: Recorder, state: State, model: Model
+) -> list[str]:
     """Lay out a state; what is wrong with it, at once and after a healthy run."""
     stands_for = lay_out(recorder.disk.tree(state), recorder)
     faults = [f"at once: {fault}" for fault in _asked(scenario.at_once, site)]
     if state.point == len(recorder.disk.events):  # the commands have ended, and said so
         faults += [f"in the end: {fault}" for fault in _asked(scenario.in_the_end, site)]
     with as_recorded(stands_for):
-        faults += _asked(scenario.afterwards, site)
-    return faults
+        later = _asked(scenario.afterwards, site)
+    return faults + scenario.excused(model, later, site)
 
 
 def _asked(question: Callable[[Site], list[str]], site: Site) -> list[str]:
@@ -1040,6 +1340,8 @@ class Task:
     """That the power fails at: so many, or all."""
     sync: str = ""
     """Of syncs that are left out: only those of paths with this in them."""
+    first: bool = False
+    """Whether the first violation is enough."""
 
     def findings(self) -> list[Findings]:
         """Record, and try states under each model."""
@@ -1049,33 +1351,35 @@ class Task:
             with place(self.directory) as base:
                 scenario = kind(self.seed + number)
                 site, recorder = record(scenario, base / "top")
+                risk = Risk.of(scenario, site)
                 for each in found:
                     started = time.monotonic()
                     site.costs = each.costs
-                    self._under(each, scenario, site, recorder)
+                    self._under(each, scenario, site, recorder, risk)
                     each.seconds += time.monotonic() - started
         return found
 
-    def _under(self, found: Findings, scenario: Scenario, site: Site, recorder: Recorder) -> None:
+    def _under(
+        self, found: Findings, scenario: Scenario, site: Site, recorder: Recorder, risk: Risk
+    ) -> None:
         disk, model = recorder.disk, MODELS[found.model]
 
         def states() -> Iterator[State]:
             rng = random.Random(self.seed)
             points = sorted(sampled(len(disk.events) + 1, self.moments, rng))
-            return distinct(disk, model, points, rng, self.effort)
+            return distinct(disk, model, points, rng, scenario.effort or self.effort)
 
         # Twice, as they do not fit into memory all at once.
-        count = sum(1 for _ in states())
+        limit = max(1, self.sample // scenario.rounds // scenario.share)
+        count, chosen = choice(states(), disk, risk, limit, random.Random(self.seed))
         found.points += len(disk.events) + 1
         found.states += count
-        limit = max(1, self.sample // scenario.rounds // scenario.share)
-        chosen = sampled(count, limit, random.Random(self.seed))
         for number, state in enumerate(states()):
-            if number not in chosen:
+            if number not in chosen or (self.first and found.violations):
                 continue
             found.tried += 1
             twice = site.costs[TWICE]
-            faults = judge(scenario, site, recorder, state)
+            faults = judge(scenario, site, recorder, state, model)
             if site.costs[TWICE] > twice and model.name not in scenario.twice:
                 faults.append(TWICE)
             if faults:
@@ -1091,6 +1395,7 @@ class Task:
         rows: dict[tuple[str, str], Row] = {}
         with place(self.directory) as base:
             site, recorder = record(scenario, base / "top")
+            risk = Risk.of(scenario, site)
             for name in self.models:
                 for sync in recorder.disk.syncs():
                     event = recorder.disk.events[sync]
@@ -1100,11 +1405,17 @@ class Task:
                         continue
                     row = rows.setdefault((name, path), Row(self.scenario, name, path))
                     row.syncs += 1
-                    row.noticed += self._is_noticed(row, sync, scenario, site, recorder)
+                    row.noticed += self._is_noticed(row, sync, scenario, site, recorder, risk)
         return list(rows.values())
 
     def _is_noticed(
-        self, row: Row, sync: int, scenario: Scenario, site: Site, recorder: Recorder
+        self,
+        row: Row,
+        sync: int,
+        scenario: Scenario,
+        site: Site,
+        recorder: Recorder,
+        risk: Risk,
     ) -> bool:
         disk, model = recorder.disk, MODELS[row.model]
 
@@ -1115,13 +1426,12 @@ class Task:
             every = distinct(disk, model, points, rng, FEW, without)
             return (state for state in every if disk.needs(sync, state, model))
 
-        count = sum(1 for _ in states())
         limit = max(1, self.sample // scenario.share)
-        chosen = sampled(count, limit, random.Random(self.seed)) if count else ()
+        _, chosen = choice(states(), disk, risk, limit, random.Random(self.seed))
         for number, state in enumerate(states()):
             if number in chosen:
                 row.tried += 1
-                faults = judge(scenario, site, recorder, state)
+                faults = judge(scenario, site, recorder, state, model)
                 if faults:
                     row.faults[nameless(faults[0])] += 1
                     return True
@@ -1197,6 +1507,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--dir", type=Path, help="where the sites lie; memory by default")
     parser.add_argument("--without-syncs", action="store_true", help="leave out each sync in turn")
     parser.add_argument("--sync", default="", help="only syncs of paths with this in them")
+    parser.add_argument("--first", action="store_true", help="no more after the first violation")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="lay out violating states there")
     return parser.parse_args()
 
@@ -1210,6 +1521,7 @@ def main() -> int:
     # Under the strictest promise that is kept, and the weakest one.
     models = tuple(asked.model or (["ordered", "weak"] if asked.slice else MODELS))
     how: dict[str, Any] = {"directory": asked.dir, "keep": asked.keep, "sync": asked.sync}
+    how["first"] = asked.first
     if asked.slice:
         how |= {"effort": FEW, "moments": FEW_MOMENTS}
     states = asked.states or (SLICE_STATES if asked.slice else 1000)
