@@ -718,6 +718,7 @@ class Soak:
         self.losses = [Loss(time.monotonic(), 0, frozenset(), frozenset())]
         self.lives = 0
         self.kills = 0
+        self.stopped = 0.0
         self.seen_anew = 0.0  # when the service forgot since when it knows what lies there
         self.daemon: Daemon | None = None
         self._small = self.top / "small"
@@ -1153,6 +1154,7 @@ class Soak:
     def _finish(self) -> None:
         self.rescan()  # what was taken away since the last scan is counted no more
         time.sleep(3.0 if self.settings.script is None else 0.5)
+        self.stopped = time.monotonic()
         self.stop_service()
         self.ending.set()
 
@@ -1407,7 +1409,7 @@ class Account:
                 self._wrong(f"{self._describe(version)} is in quarantine and elsewhere")
             return "quarantined"
         since = max(version.made, self._soak.seen_anew)
-        if here and version.kind == "empty" and time.monotonic() - since < GRACE:
+        if here and version.kind == "empty" and self._soak.stopped - since < GRACE:
             return "pending"
         if outcome in {"leave", "pass"} and here and not found:
             return "left" if outcome == "leave" else "passed over"
@@ -1561,12 +1563,12 @@ def check_growth(soak: Soak) -> Iterator[str]:
             values = [getattr(sample, what) for sample in samples]
             if not values[0]:
                 continue
-            first, last, middle = values[0], values[-1], statistics.median(values)
+            first, last = values[0], values[-1]
             span = (samples[-1].at - samples[0].at) / 60
+            series = " ".join(f"{value / unit:.{unit > 1:d}f}" for value in values)
             yield (
-                f"life {life}, {len(values)} calm phases in {span:.1f} min: {what} first"
-                f" {first / unit:.1f}, median {middle / unit:.1f}, last {last / unit:.1f},"
-                f" most {max(values) / unit:.1f}{' MiB' if unit > 1 else ''}"
+                f"life {life}, {len(values)} calm phases in {span:.1f} min:"
+                f" {what} {series}{' MiB' if unit > 1 else ''}"
             )
             factor, extra = GROWTH
             limit = first * factor + extra if what == "resident" else first + MORE_FDS
