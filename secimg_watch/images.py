@@ -51,6 +51,11 @@ _EXTRA_FORMATS: Final = frozenset({"HEIF", "JXL", "MPO", "RAW"})
 # Raw files are often TIFF outside: opened as such they would pass for their own thumbnail.
 _NEVER_OPENED: Final = _REFUSED | {"RAW"}
 
+# Pillow decodes the picture inside as it opens an icon: here the limit has to stand before that.
+_ICON: Final = b"\0\0\1\0"
+
+_BOMBS: Final = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
 # Text encodings that decoders ask for by name; none can be imported once the child is confined.
 _ENCODINGS: Final = ("ascii", "latin-1", "utf-8", "utf-16", "utf-16-le", "utf-16-be", "cp1252")
 _WARMED: Final = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "JPEG2000", "AVIF")
@@ -118,9 +123,13 @@ def probe(file: BinaryIO, *, preview: int, decode: bool, max_pixels: int) -> Ins
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with _pixel_limit(None):  # the size is wanted of pictures over the limit, too
+        icon = head.startswith(_ICON)
+        # The size is wanted of pictures over the limit, too.
+        with _pixel_limit(max_pixels if icon else None):
             image = _attempt(lambda: Image.open(file, formats=_formats()))
         if isinstance(image, Exception):
+            if icon and isinstance(image, _BOMBS):
+                return _unopened("ICO", _reason(image))
             if not signature and _says_nothing(image):
                 raise image
             return _unopened(signature, _reason(image))
@@ -171,7 +180,7 @@ def _says_nothing(error: Exception) -> bool:
 
 def _reason(error: Exception) -> str:
     """Put an error of Pillow into a fixed clause, for its text may quote the file."""
-    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+    if isinstance(error, _BOMBS):
         return "more pixels inside than allowed"
     if isinstance(error, MemoryError):
         return "needs more memory than allowed"

@@ -166,10 +166,11 @@ if sys.platform == "linux":
 
         def _fork(self, request: Request, picture: int, reply: int) -> None:
             deadline = time.monotonic() + request.seconds
+            parent = os.getpid()
             pid = os.fork()
             if pid == 0:
                 self._control.close()
-                _work(request, picture, reply)
+                _work(request, picture, reply, parent)
             self._deadlines[pid] = deadline
 
         def _reap(self) -> None:
@@ -180,12 +181,13 @@ if sys.platform == "linux":
                 elif now >= deadline:
                     os.kill(pid, signal.SIGKILL)
 
-    def _work(request: Request, picture: int, reply: int) -> NoReturn:
+    def _work(request: Request, picture: int, reply: int, parent: int) -> NoReturn:
         """Inspect one picture and end the process, whatever happens."""
         status = 1
         try:
             file = io.BufferedReader(PositionedFile(picture, request.size), _BUFFER)
-            sandbox.confine_worker(memory=request.memory, seconds=math.ceil(request.seconds))
+            seconds = math.ceil(request.seconds)
+            sandbox.confine_worker(memory=request.memory, seconds=seconds, parent=parent)
             data = memoryview(encode_reply(_probe(file, request)))
             while data:
                 data = data[os.write(reply, data) :]

@@ -124,7 +124,7 @@ def confine_zygote() -> tuple[str, ...]:
     return _landlock() + (_seccomp(filters.zygote) if filters else ())
 
 
-def confine_worker(*, memory: int, seconds: int) -> tuple[str, ...]:
+def confine_worker(*, memory: int, seconds: int, parent: int = 0) -> tuple[str, ...]:
     """Confine a process that decodes one picture, for good, and tie its life to its parent's.
 
     Afterwards it can compute, start threads, read and write the descriptors it holds, and
@@ -133,6 +133,7 @@ def confine_worker(*, memory: int, seconds: int) -> tuple[str, ...]:
     Args:
         memory: Largest address space in bytes, the interpreter and its libraries included.
         seconds: Processor time after which the kernel kills the process.
+        parent: The process that forked this one, if it is to be looked whether that still runs.
 
     Returns:
         The names of what is in force, e.g. ``("rlimits", "landlock-abi7", "seccomp")``.
@@ -140,6 +141,9 @@ def confine_worker(*, memory: int, seconds: int) -> tuple[str, ...]:
     _protect()
     if sys.platform == "linux":
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        # No signal comes of a parent that had ended before.
+        if parent and os.getppid() != parent:
+            os._exit(1)
     filters = _filters()
     landlock = _landlock()
     # After Landlock, which needs a descriptor, and before seccomp, which forbids the calls.
