@@ -76,6 +76,7 @@ class Audit:
         self._own: dict[bytes, Epoch] = {}  # by header: those that this process began
         self._guard = threading.Lock()
         self._end: End | None = None  # behind what this process knows to be written
+        self._unproved: Head | None = None  # a head that could not be checked; others may
         self._unsynced = False
         self._log = self._head = -1
         self._files = contextlib.ExitStack()
@@ -89,6 +90,9 @@ class Audit:
             opened.callback(os.close, log_file)
             head_file = _open(self._state, HEAD_NAME, os.O_RDWR)
             opened.callback(os.close, head_file)
+            if not os.fstat(head_file).st_size:
+                # Its space, before there is a log: on a full disk that has to come to nothing.
+                kernel.write_at(head_file, bytes(chain.HEAD_SIZE), 0)
             kernel.sync_path(self._state)
             if not os.fstat(log_file).st_size:
                 kernel.sync_above(self._state)
@@ -196,12 +200,13 @@ class Audit:
 
         ``None``: nobody can tell.
         """
-        stored = _read(self._head, 0, chain.HEAD_SIZE)
-        head = Head.parse(stored)
+        head = Head.parse(_read(self._head, 0, chain.HEAD_SIZE))
         if head is None:
-            believed = self._believe(size, 0)
-            is_new = not stored and size <= _TAIL and believed[0].number <= chain.FIRST
-            return (*self._follow(End()), 0) if is_new else believed
+            # Every line counts: the last one may have been put there to look like a beginning.
+            is_new = size <= _TAIL and all(
+                each.number <= chain.FIRST for each in events_of(_lines(self._log, 0, size))
+            )
+            return (*self._follow(End()), 0) if is_new else self._believe(size, 0)
         entry = chain.parse_entry(next(_lines(self._log, head.epoch), b""))
         if entry is None or entry.event != chain.EPOCH:
             return self._believe(size, 0)
@@ -210,6 +215,7 @@ class Audit:
             return self._believe(size, 0)
         if head.end > size:
             return self._believe(size, head.number)
+        self._unproved = head if epoch is None else None
         return *self._follow(End(head.number, head.mac, head.end, epoch, head.epoch)), 0
 
     def _believe(self, size: int, number: int) -> tuple[End, Debris, int | None]:
@@ -248,12 +254,16 @@ class Audit:
         debris.add(newline)
         torn = debris.fields(lost) if debris.size or lost != 0 else {}
         locks = _locks(self._keys)
-        if end.epoch is None or end.epoch.key_ids != {lock.key_id for lock in locks}:
+        unproved, self._unproved = self._unproved, None
+        if end.epoch is None and lost == 0 and unproved is None:
+            unproved = Head.parse(_read(self._head, 0, chain.HEAD_SIZE))
+        is_current = end.epoch and end.epoch.key_ids == {lock.key_id for lock in locks}
+        if end.epoch is None or unproved is not None or not is_current:
             epoch = Epoch.begin(locks)
             self._own[epoch.header.pack()] = epoch
             fields = {**epoch.fields(end.epoch), **torn}
-            unproved = Head.parse(_read(self._head, 0, chain.HEAD_SIZE))
-            if end.epoch is None and lost == 0 and unproved is not None:
+            # Passed on also where the entries behind it open: it decided where they begin.
+            if unproved is not None:
                 fields["head"] = unproved.pack().decode()
             begun = replace(here, epoch=epoch, epoch_at=here.size + len(newline))
             self._write(begun, [Event(chain.EPOCH, fields)], newline)
@@ -288,7 +298,13 @@ def read_log(state: Path) -> Iterator[bytes]:
         yield from _lines(fd, 0, size)
 
 
-def verify_log(state: Path, keys: Sequence[Opener], identities: Sequence[Opener] = ()) -> Findings:
+def verify_log(
+    state: Path,
+    keys: Sequence[Opener],
+    identities: Sequence[Opener] = (),
+    *,
+    kept: bytes | None = None,
+) -> Findings:
     """Check the whole log of a state directory; see `chain.check`.
 
     Raises:
@@ -297,24 +313,32 @@ def verify_log(state: Path, keys: Sequence[Opener], identities: Sequence[Opener]
     """
     # First the head: whatever is written meanwhile lies behind what it names.
     head: bytes | None = None
-    with contextlib.suppress(OSError):
-        head = (state / HEAD_NAME).read_bytes()
+    with (
+        contextlib.suppress(OSError),
+        open(state / HEAD_NAME, "rb", buffering=0, opener=_unfollowed) as head_file,
+    ):
+        head = head_file.read(chain.HEAD_SIZE)
     with _log_for_reading(state) as (fd, size):
-        return chain.check(lambda: _lines(fd, 0, size), head, keys, identities)
+        return chain.check(lambda: _lines(fd, 0, size), head, keys, identities, kept=kept)
+
+
+def _unfollowed(path: str, _flags: int) -> int:
+    return os.open(path, kernel.PICTURE)  # no link, and no wait for somebody's pipe
 
 
 @contextlib.contextmanager
 def _log_for_reading(state: Path) -> Iterator[tuple[int, int]]:
     """The log, open, and its length now; an error while it is read is one of ours."""
     try:
-        with open(state / LOG_NAME, "rb", buffering=0) as log_file:
+        with open(state / LOG_NAME, "rb", buffering=0, opener=_unfollowed) as log_file:
             yield log_file.fileno(), os.fstat(log_file.fileno()).st_size
     except FileNotFoundError:
         raise NoInputError(
             f"there is no audit log in {state}", hint="the service makes it when it first runs"
         ) from None
     except OSError as error:
-        raise StorageError(f"the audit log cannot be read: {error.strerror}") from error
+        why = error.strerror or type(error).__name__  # io.UnsupportedOperation has none
+        raise StorageError(f"the audit log cannot be read: {why}") from error
 
 
 @contextlib.contextmanager

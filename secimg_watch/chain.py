@@ -368,6 +368,8 @@ def check(
     head: bytes | None,
     keys: Sequence[Opener],
     identities: Sequence[Opener] = (),
+    *,
+    kept: bytes | None = None,
 ) -> Findings:
     """Check every entry of a log, and that none is missing at its end.
 
@@ -377,6 +379,7 @@ def check(
         keys: the policy's.
         identities: private keys. Where there are keys, an epoch that opens with one of these
             alone is a fault.
+        kept: the MAC that an entry had when it was the last one, and that has to be there.
     """
     findings = Findings()
     epochs, debris = _survey(read())
@@ -385,7 +388,7 @@ def check(
         findings.fault("there is no head that says how many entries there have to be")
     taken_over = [_head_in(each) for each in epochs]
     opened = _open_epochs(epochs, keys, identities, findings)
-    checker = _Checker(findings, opened, debris, has_head=stored is not None)
+    checker = _Checker(findings, opened, debris, has_head=stored is not None, kept=kept)
     for each in (*taken_over, stored):
         if each is not None:
             checker.heads.setdefault(each.number, []).append(each)
@@ -480,6 +483,7 @@ class _Checker:
     epochs: dict[bytes, Epoch | None]
     named: dict[int, int]  # what is called debris; see `_survey`
     has_head: bool
+    kept: bytes | None = None  # a MAC that is still to be met
     heads: dict[int, list[Head]] = field(default_factory=dict)
     end: End = field(default_factory=End)
     began: int = 1  # the number of the entry that begins this epoch
@@ -500,6 +504,7 @@ class _Checker:
         elif this is not None and self.broken and self._follows(self._behind(self.broken), this):
             self._leave_broken(self.broken.entry)
             self._advance(self.broken)
+            self._leave_debris(this.entry)
             self._advance(this)
         else:
             self.debris.add(line)
@@ -568,6 +573,8 @@ class _Checker:
         self.findings.entries += 1
         self.findings.first = self.findings.first or entry.time
         self.findings.last = entry.time
+        if self.kept == entry.mac:
+            self.kept = None
         events = self.findings.events
         events[entry.event] = events.get(entry.event, 0) + 1
         for head in self.heads.pop(entry.number, ()):
@@ -582,6 +589,8 @@ class _Checker:
         self.findings.mac = self.end.mac.hex()
         for number in sorted(self.heads):
             self.findings.fault(f"entry {last} is the last, and a head names entry {number}")
+        if self.kept is not None:
+            self.findings.fault(f"no entry has the MAC {self.kept.hex()}")
         if self.debris.size:
             self.findings.notes.append(
                 f"{self.debris.size} bytes behind entry {last} are no entry;"

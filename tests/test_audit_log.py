@@ -795,3 +795,39 @@ def test_what_is_appended_by_others_is_accounted_for(state: Path) -> None:
         log.append([Event("sealed")], durable=True)
     found = verified(state)
     assert (found.faults, len(found.notes)) == ([], 1)
+
+
+@pytest.mark.parametrize("keys", [KEYS, WRITE_ONLY], ids=["key", "write-only"])
+def test_a_last_line_that_looks_like_a_beginning_makes_no_cut_good(
+    state: Path, keys: KeySet
+) -> None:
+    run(state, *range(8), keys=keys)
+    planted = b'{"n":1,"time":"t","event":"x","mac":"%064x"}\n' % 0
+    put(state, b"".join(lines_of(state)[:5]) + planted, None)
+    for number in range(40):
+        run(state, number, keys=keys)
+    assert verify_log(state, keys.ring, (OWNER,)).faults
+
+
+@pytest.mark.parametrize("keys", [KEYS, WRITE_ONLY], ids=["key", "write-only"])
+def test_a_head_in_the_name_of_a_key_that_nobody_has_makes_no_cut_good(
+    state: Path, keys: KeySet
+) -> None:
+    run(state, *range(8), keys=keys)
+    data = b"".join(lines_of(state)[:5])
+    planted, _ = planted_epoch(7, chain.START)
+    # In the middle of a line, so that nobody who reads lines ever meets that epoch.
+    put(
+        state, data + b"x" + planted, chain.Head(0, chain.START, 0, len(data) + 1, bytes(32)).pack()
+    )
+    for number in range(3):
+        run(state, number, keys=keys)
+    assert verify_log(state, keys.ring, (OWNER,)).faults
+
+
+@pytest.mark.parametrize("fill", [b"", b"\0", b"x"])
+def test_of_the_very_first_head_a_power_cut_may_leave_anything(state: Path, fill: bytes) -> None:
+    run(state)
+    put(state, log_of(state), fill * chain.HEAD_SIZE)
+    run(state, 1)
+    assert verified(state).faults == []

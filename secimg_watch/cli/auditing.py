@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import click
 from secimg_watch.audit import events_of, read_log, verify_log
 from secimg_watch.cli import terminal
 from secimg_watch.cli.app import App, guarded, pass_app, with_identity, with_json
-from secimg_watch.errors import SecimgError, TamperedError
+from secimg_watch.errors import SecimgError, TamperedError, UsageError
 from secimg_watch.service import key_provider
 
 if TYPE_CHECKING:
@@ -30,21 +31,23 @@ def audit() -> None:
 
 
 @audit.command("verify")
+@click.option("--kept", default=None, metavar="MAC", help="This entry has to be there still.")
 @with_identity
 @with_json
 @pass_app
 @guarded
-def audit_verify(app: App) -> int:
+def audit_verify(app: App, kept: str | None) -> int:
     """Find entries that were changed, removed, moved or cut off; exit 65 where there are any.
 
     It needs the policy's key. Of a write-only vault's log, --identity opens the entries.
 
-    The last line names the last entry. Kept elsewhere, it proves later that the log was not put
-    back to an earlier state as a whole, which nothing on this machine can show.
+    The last line names the last entry. Kept elsewhere and given back with --kept, it proves later
+    that log or head were not put back to an earlier state, which nothing on this machine can show.
     """
     policy = app.policy()
     identities = app.identities()
-    findings = verify_log(policy.state, _ring(app, policy), identities)
+    wanted = None if kept is None else _mac(kept)
+    findings = verify_log(policy.state, _ring(app, policy), identities, kept=wanted)
     if app.json:
         terminal.emit(asdict(findings))
     else:
@@ -60,6 +63,12 @@ def audit_verify(app: App) -> int:
         terminal.say(f"{findings.entries} entries, {findings.first} to {findings.last}: {verdict}")
         terminal.say(f"last entry {findings.mac}")
     return TamperedError.exit_code if findings.faults else 0
+
+
+def _mac(text: str) -> bytes:
+    if not re.fullmatch(r"[0-9a-f]{64}", text):
+        raise UsageError("the MAC of an entry has 64 hexadecimal digits")
+    return bytes.fromhex(text)
 
 
 def _ring(app: App, policy: Policy) -> tuple[KeyEncryptionKey, ...]:
