@@ -121,7 +121,8 @@ def crash_test(
         show: told how many places were tried, and of how many.
 
     Raises:
-        NoInputError, NotAllowedError: the directory is not there, or cannot be looked at.
+        NoInputError, NotAllowedError: the directory is not there, cannot be looked at, or is one
+            where others may rename what is made.
         UsageError: a policy cannot name it.
         CannotCreateError: it cannot be written.
         NotReadyError: tracing is not allowed, or the service cannot work there undisturbed.
@@ -168,6 +169,7 @@ def _make_directory(directory: Path) -> Path:
         raise NoInputError(f"{directory} cannot be used: {error.strerror}") from error
     if not is_directory:
         raise NoInputError(f"{directory} is not a directory")
+    _refuse_shared(Path(real))
     try:
         # A service that watches this very directory takes the suffix for a producer's: without
         # it, what is tried here would end in somebody's vault.
@@ -175,6 +177,22 @@ def _make_directory(directory: Path) -> Path:
     except OSError as error:
         message = f"nothing can be made in {directory}: {error.strerror}"
         raise CannotCreateError(message, hint="choose a directory that you may write") from error
+
+
+def _refuse_shared(directory: Path) -> None:
+    """Refuse a place where somebody else can put another directory under the name of ours.
+
+    The service and what clears up behind it go by paths: they could be led into another vault.
+    """
+    user = getattr(os, "geteuid", int)()
+    for each in (directory, *directory.parents):
+        status = os.stat(each)
+        shared = status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX
+        if shared or status.st_uid not in {0, user}:
+            raise NotAllowedError(
+                f"others can rename what is made in {each}",
+                hint="choose a directory that is yours alone, on the same file system",
+            )
 
 
 def _private_directory() -> tempfile.TemporaryDirectory[str]:

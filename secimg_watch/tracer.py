@@ -42,7 +42,15 @@ _AT_RETURN: Final = 5 | 0x80  # SIGTRAP, marked by PTRACE_O_TRACESYSGOOD
 _FORKS: Final = frozenset({1, 2, 3})  # events: fork, vfork, clone
 _AT_SECCOMP: Final = 7
 _AT_STOP: Final = 128
-_OPTIONS: Final = 0x1 | 0x2 | 0x4 | 0x8 | 0x10 | 0x80 | 0x100000  # as above, exec, kill on exit
+_OPTIONS: Final = (
+    0x01  # PTRACE_O_TRACESYSGOOD
+    | 0x02  # PTRACE_O_TRACEFORK
+    | 0x04  # PTRACE_O_TRACEVFORK
+    | 0x08  # PTRACE_O_TRACECLONE
+    | 0x10  # PTRACE_O_TRACEEXEC
+    | 0x80  # PTRACE_O_TRACESECCOMP
+    | 0x100000  # PTRACE_O_EXITKILL
+)
 _NT_PRSTATUS: Final = 1
 _NT_ARM_SYSTEM_CALL: Final = 0x404
 _WALL: Final = 0x40000000
@@ -112,8 +120,7 @@ Decision: TypeAlias = Fail | Kill | Watch | None
 class Call:
     """A system call that is about to be made; the thread that makes it stands still.
 
-    ``number`` counts the traced calls of the whole run from 1. ``process`` and ``thread`` are
-    ids of the system's.
+    ``number`` counts the traced calls of the whole run from 1. ``thread`` is the system's id.
     """
 
     number: int

@@ -35,7 +35,7 @@ MEMORY: Final = Path("/dev/shm")
 NOBODY: Final = 65534
 FIELDS: Final = {
     *("directory", "file_system", "places", "killed", "violations", "kept", "seconds"),
-    "not_shown",
+    "not_tested",
 }
 
 # Changes something in the program before it runs, in a process of its own; forked from one that
@@ -164,7 +164,7 @@ def test_kills_lose_nothing_here_and_nothing_is_left_behind(cli: Cli, place: Pat
     fields = {name: text.strip() for name, text in said.items()}
     assert fields["killed at"].startswith("2 of ")
     assert fields["violations"] == "0"
-    assert fields["not shown"].startswith("a power cut")
+    assert fields["not tested"].startswith("a power cut")
     assert os.listdir(place) == []
     assert os.listdir(cli.home) == []
     check_harmless(outcome)
@@ -478,3 +478,15 @@ def test_what_a_file_system_lacks_is_said_in_words(capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     assert out.startswith("file system       unknown\n")
     assert out.count("no; ") == 3
+
+
+@pytest.mark.parametrize("depth", ["itself", "above"])
+def test_where_others_may_rename_what_is_made_it_is_77(cli: Cli, place: Path, depth: str) -> None:
+    inner = place / "inner"
+    inner.mkdir()
+    (inner if depth == "itself" else place).chmod(0o777)
+    check_complaint(cli("crash-test", inner), 77)
+    assert os.listdir(inner) == []
+    place.chmod(0o1777)
+    inner.chmod(0o700)
+    assert cli("crash-test", "--points", "1", inner).code == 0

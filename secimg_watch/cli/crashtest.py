@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import FrameType
 
-_NOT_SHOWN: Final = "a power cut; after a kill the kernel still writes all that it was given"
+_NOT_TESTED: Final = "a power cut; after a kill the kernel still writes all that it was given"
 
 
 @click.command("crash-test")
@@ -53,7 +53,7 @@ def crash_test(app: App, directory: Path, points: int | None, *, every: bool) ->
     with terminal.progress("killing", thread=False) as show:
         found = crashtest.crash_test(directory, places=points, seconds=seconds, show=show)
     if app.json:
-        terminal.emit({**asdict(found), "not_shown": _NOT_SHOWN})
+        terminal.emit({**asdict(found), "not_tested": _NOT_TESTED})
     else:
         _tell(found)
     return 1 if found.violations else 0
@@ -83,7 +83,7 @@ def _tell(found: crashtest.Findings) -> None:
             "directory sync": synced,
             "killed at": f"{found.killed} of {found.places} places",
             "violations": len(found.violations),
-            "not shown": _NOT_SHOWN,
+            "not tested": _NOT_TESTED,
             "time": format_duration(found.seconds),
         }
     )
