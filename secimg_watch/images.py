@@ -149,7 +149,7 @@ def _examine(image: Picture, *, preview: int, decode: bool, max_pixels: int) -> 
     if not (decode or preview):
         return found
     if width * height > max_pixels:
-        return replace(found, label=Label.UNDECODABLE, detail=f"more than {max_pixels} pixels")
+        return replace(found, label=Label.UNDECODABLE, detail="more pixels than allowed")
     loaded = _attempt(lambda: _load(image, preview))
     if isinstance(loaded, Exception):
         return replace(found, label=Label.UNDECODABLE, detail=_reason(loaded))
@@ -188,7 +188,8 @@ def _reason(error: Exception) -> str:
         return "broken header"
     if "truncated" in str(error).lower():
         return "truncated file"
-    return f"does not decode ({type(error).__name__})"
+    builtin = next(each for each in type(error).__mro__ if each.__module__ == "builtins")
+    return f"does not decode ({builtin.__name__})"
 
 
 @contextlib.contextmanager

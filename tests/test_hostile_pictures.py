@@ -44,6 +44,7 @@ pytestmark = pytest.mark.skipif(not LINUX, reason="the service is Linux's")
 CORPUS: Final = os.environ.get("SECIMG_CORPUS")
 MEMORY: Final = 160 << 20
 MANY: Final = 64 << 20  # bytes that something small unpacks to
+KILL: Final = signal.Signals["SIGKILL"] if LINUX else 9
 # Pillow deletes comments one by one, and moves all that follows each time.
 ENDLESS: Final = b"P2 4000 4000 9\n" + b"#\n" * (1 << 20)
 
@@ -247,7 +248,7 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gallery]:
         wait_until(lambda: not children(processes["inspector"]), "the last worker's end")
         dropped["crash.pgm"] = place(site.drop / "crash.pgm", ENDLESS)
         await_confined_worker(processes["inspector"])
-        os.kill(processes["inspector"], signal.SIGKILL)
+        os.kill(processes["inspector"], KILL)
         successor = only_child(daemon.process.pid, other_than=processes["inspector"])
         os.kill(await_confined_worker(successor), signal.SIGSEGV)
         site.wait_for_objects(len(dropped))
@@ -339,23 +340,24 @@ def test_a_decoder_whose_inspector_dies_as_it_starts_does_not_outlive_it(
         thread.start()
         zygote = next(iter(before))
         orphan = only_child(zygote)
-        os.kill(zygote, signal.SIGKILL)
+        os.kill(zygote, KILL)
         wait_until(lambda: not Path(f"/proc/{orphan}").exists(), "the orphan's end")
         successor = only_child(os.getpid(), other_than=zygote)
-        os.kill(only_child(successor), signal.SIGKILL)
+        os.kill(only_child(successor), KILL)
         thread.join()
 
 
 # -- a decoder that was taken over ---------------------------------------------------------------
 
+_JPEG: Final = b"\xff\xd8\xff"
 # Runs in the real zygote; its workers call "attempts" in the place of the decoder. The finding's
-# detail has a letter for each attempt: "." for what was done, "P" and "A" for EPERM and EACCES,
+# preview has a letter for each attempt: "." for what was done, "P" and "A" for EPERM and EACCES,
 # "B" for EBADF, "x" for anything else.
 _EVIL: Final = """
 import ctypes, errno, fcntl, os, socket
 from secimg_watch import inspector_child, sandbox
 from secimg_watch.records import Inspection, Label
-OTHER, SERVICE, TOP, ATTEMPTS = {settings!r}
+OTHER, SERVICE, TOP, JPEG, ATTEMPTS = {settings!r}
 ZYGOTE = os.getpid()
 LIBC = ctypes.CDLL(None, use_errno=True)
 WORDS = (ctypes.c_size_t * 3)()
@@ -375,7 +377,7 @@ def attempt(statement):
 def attempts(file, request):
     global PICTURE
     PICTURE = file.raw._fd
-    return Inspection(Label.IMAGE, detail="".join(map(attempt, ATTEMPTS)))
+    return Inspection(Label.IMAGE, preview=JPEG + "".join(map(attempt, ATTEMPTS)).encode())
 inspector_child._probe = attempts
 """
 
@@ -427,18 +429,18 @@ def taken_over(
     content = encoded("JPEG")
     path.write_bytes(content)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        evil = _EVIL.format(settings=(other.pid, os.getpid(), str(top), attempts)) + more
+        evil = _EVIL.format(settings=(other.pid, os.getpid(), str(top), _JPEG, attempts)) + more
         monkeypatch.setattr(inspector, "_BOOT", f"{inspector._BOOT} exec({evil!r}); ")
         try:
             with Inspector(Limits()) as inspecting, path.open("rb") as file:
                 if not any(name.startswith(layer) for name in inspecting.confinement):
                     pytest.skip(f"this kernel or machine has no {layer}: {inspecting.confinement}")
-                found = inspecting.inspect(file.fileno(), size=len(content), preview=0, decode=True)
+                found = inspecting.inspect(file.fileno(), size=len(content), preview=9, decode=True)
             assert other.poll() is None
         finally:
             other.kill()
     assert (os.listdir(top), path.read_bytes()) == (["a.jpg"], content)
-    results = dict(zip(attempts, found.detail, strict=True))
+    results = dict(zip(attempts, found.preview.removeprefix(_JPEG).decode(), strict=True))
     assert results.pop("os.write(PICTURE, b'x')", "B") == "B"  # writing as such is allowed
     return {attempt: result for attempt, result in results.items() if result not in "PA"}
 

@@ -178,7 +178,7 @@ def test_only_the_header_is_read_of_a_file_over_the_size_limit(
 
 def test_pixels_and_memory_are_limited(opened: Callable[[bytes], int]) -> None:
     with Inspector(Limits(pixels=1000)) as strict:
-        assert inspect(strict, opened(SMALL), decode=True).detail == "more than 1000 pixels"
+        assert inspect(strict, opened(SMALL), decode=True).detail == "more pixels than allowed"
     if sys.platform == "linux":
         with Inspector(Limits(memory=200 << 20)) as strict:
             found = inspect(strict, opened(png_header(9000, 9000)), decode=True)
@@ -440,7 +440,7 @@ def test_a_new_process_gets_no_more_time_than_allowed(
         inspector._ask_new_process(slow, request)
 
 
-GOOD = Inspection(Label.IMAGE, "JPEG", 60, 40, JPEG + b"preview", "fine")
+GOOD = Inspection(Label.IMAGE, "JPEG", 60, 40, JPEG + b"preview", "truncated file")
 
 
 def test_a_reply_survives_its_encoding() -> None:
@@ -462,7 +462,8 @@ def test_a_reply_survives_its_encoding() -> None:
         {"width": 1.5},
         {"height": "40"},
         {"detail": "two\nlines"},
-        {"detail": "x" * 81},
+        {"detail": "account 4711"},
+        {"detail": ["truncated file"]},
         {"detail": None},
     ],
 )
@@ -498,7 +499,7 @@ def test_any_other_bytes_are_refused_and_raise_nothing_else(data: bytes) -> None
         found = parse_reply(data, preview=9)
     except inspector._FailedError:
         return
-    assert found.detail == "fine"
+    assert found.detail == "truncated file"
 
 
 @linux_only
