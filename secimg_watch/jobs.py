@@ -77,7 +77,7 @@ _SEEN_AGAIN: Final = (
     " state = CASE state WHEN 'taken' THEN state ELSE 'queued' END"
     " WHERE ctime_ns <> excluded.ctime_ns AND state <> 'committed'"
 )
-_STILL_THERE: Final = -1  # as a dwell time: sealed, and the plaintext was not deleted
+_UNKNOWN: Final = -1  # as a dwell time: the plaintext was not deleted, or nobody saw when
 _COUNT: Final = "INSERT INTO counter VALUES (?,?,?) ON CONFLICT DO UPDATE SET n = n + excluded.n"
 _HISTORY: Final = 10_000  # sealed rows kept; the counters go on for ever
 _DWELL_SAMPLE: Final = 1_000  # the newest sealed rows that dwell times are taken from
@@ -292,16 +292,22 @@ class Jobs:
         """The object is in the vault for good; what is left is the plaintext."""
         self._set(job.object_id, State.COMMITTED)
 
-    def done(self, gone: Sequence[tuple[Job, int]]) -> None:
-        """The plaintexts are gone, each at its time (ns): count them, and forget their names."""
+    def done(self, gone: Sequence[tuple[Job, int | None]]) -> None:
+        """The plaintexts are gone, each at its time (ns): count them, and forget their names.
+
+        ``None``: nobody knows since when; such a one counts in no dwell time.
+        """
         if not gone:
             return
         with self._hold():
             with self._transaction():
                 for job, gone_ns in gone:
                     self._db.execute("DELETE FROM job WHERE object_id = ?", (job.object_id,))
-                    dwell = max(0, gone_ns - job.first_seen_ns) // 1_000_000
-                    self._record(job, gone_ns, dwell)
+                    if gone_ns is None:
+                        self._record(job, time.time_ns(), _UNKNOWN)
+                    else:
+                        dwell = max(0, gone_ns - job.first_seen_ns) // 1_000_000
+                        self._record(job, gone_ns, dwell)
             self._changed.notify_all()
 
     def rest(self, job: Job, state: State, reason: str, *, sealed: bool = False) -> None:
@@ -313,7 +319,7 @@ class Jobs:
                     (state, reason, job.object_id),
                 )
                 if sealed:
-                    self._record(job, time.time_ns(), _STILL_THERE)
+                    self._record(job, time.time_ns(), _UNKNOWN)
             self._changed.notify_all()
 
     def _record(self, job: Job, when_ns: int, dwell_ms: int) -> None:

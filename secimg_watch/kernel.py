@@ -29,6 +29,7 @@ if sys.platform != "win32":
 
 _RENAME_NOREPLACE: Final = 1
 _PR_SET_DUMPABLE: Final = 4
+_M_ARENA_MAX: Final = -8
 _COPIED: Final = 1 << 30  # bytes for one call of copy_file_range, which may do less
 _BUFFER: Final = 1 << 16
 _LOCK_STEP: Final = 0.005  # seconds between two tries
@@ -404,6 +405,18 @@ def watch_limit() -> int | None:
             return int(limit.read())
     except (OSError, ValueError):
         return None
+
+
+def share_one_heap() -> None:
+    """Have all threads allocate from one heap; to be called before there are any.
+
+    glibc gives each its own, up to eight for each processor, and what was once large in one stays
+    with it: the service grew by a third in an hour. Its threads run one at a time where they
+    allocate, so that there is next to nothing to win by more.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # musl has one heap, and no such call
+            _libc().mallopt(_M_ARENA_MAX, 1)
 
 
 def protect_memory() -> None:

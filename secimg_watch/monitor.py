@@ -108,7 +108,7 @@ class Monitor(threading.Thread):
         self._watching = False
         self._trouble = ""
         self._passed: dict[str, Passed] = {}
-        self._heard: set[str] = set()
+        self._heard: dict[str, None] = {}  # in the order in which they are looked at again
         self._unfinished: dict[str, tuple[Identity, float]] = {}
         self._told: Counter[Passed] = Counter()
         self._strays = 0  # in the staging directory, and none of ours
@@ -371,17 +371,20 @@ class Monitor(threading.Thread):
                     self._passed.pop(relpath, None)
                 else:
                     self._see(found, renamed=renamed)
-                    self._heard.update([relpath] if found.passed is not None else [])
+                    if found.passed is not None:
+                        self._heard[relpath] = None
 
     def _look_again(self, root: Root) -> None:
         # Nobody says when a file that is passed over goes: a rename is heard by its new name only.
         # Nor when it has one name again, after whoever may not overwrite linked and unlinked it.
         for relpath in list(islice(self._heard, _LOOKS)):
             found = look(root.fd, relpath, self._selection)
-            if found is None or found.passed is None:
-                self._heard.discard(relpath)
-                self._passed.pop(relpath, None)
-            if found is not None and found.passed is None:
+            del self._heard[relpath]
+            if found is not None and found.passed is not None:
+                self._heard[relpath] = None  # behind all others
+                continue
+            self._passed.pop(relpath, None)
+            if found is not None:
                 self._see(found)
 
     def _scan_below(self, root: Root, relpath: str) -> None:
@@ -408,7 +411,8 @@ class Monitor(threading.Thread):
         for found in scan(root.fd, self._selection):
             seen[found.relpath] = found.identity
             self._see(found)
-            self._heard.update([found.relpath] if found.passed is Passed.HARD_LINK else [])
+            if found.passed is Passed.HARD_LINK:
+                self._heard[found.relpath] = None
             self._beat = time.monotonic()
         vanished = self._tracker.retain(seen.keys())
         if vanished:

@@ -308,7 +308,8 @@ class Pipeline:
         # and was verified before the deletion), or somebody else took it away before we had it.
         if place.vault.has(job.object_id):
             self._put_on_record("gone", job, "sealed before, and the plaintext is not there")
-            self.jobs.done([(job, job.first_seen_ns)])
+            self.file_keys.pop(job.object_id, None)
+            self.jobs.done([(job, None)])
         else:
             self._drop(job, place, "vanished")
 

@@ -117,6 +117,7 @@ class Service:
         self._unflushed = ""  # why its last entries are not on disk for certain
         self._file_keys: dict[ObjectId, FileKey] = {}
         self._key_state = "not looked for yet"
+        self._log_fault = ""
         self._absent: dict[str, str] = {}
         self._paused: dict[FolderKey, _Pause] = {}
         self._monitors: dict[FolderKey, Monitor] = {}
@@ -188,10 +189,11 @@ class Service:
         for name, vault in self.vaults.items():
             if name not in self._vault_ids:
                 self._admit_vault(name, vault, keys)
+        self._key_state = "ready"
         if self._audit is None:
             self._audit = self._open_audit(keys)
+        self._log_fault = ""
         self._keys = keys
-        self._key_state = "ready"
         self._key_ready.set()
 
     def _open_audit(self, keys: KeySet) -> Audit:
@@ -229,6 +231,11 @@ class Service:
             log.warning("key: %s", reason)
         self._key_state = reason
 
+    def _wait_for_log(self, reason: str) -> None:
+        if self._log_fault != reason:
+            log.warning("%s", reason)
+        self._log_fault = reason
+
     def _admit_vault(self, name: str, vault: Vault, keys: KeySet) -> None:
         try:
             if not vault.exists():
@@ -261,7 +268,7 @@ class Service:
     def waiting_for(self) -> str:
         """What must be there before anything can be sealed, and is not; "" where nothing is."""
         if self._keys is None:
-            return self._key_state
+            return self._log_fault or self._key_state
         return next(iter(self._absent.values()), "")
 
     def start(self) -> None:
@@ -507,7 +514,7 @@ class Service:
             try:
                 self.admit()
             except NotReadyError as fault:  # the audit log: nothing is sealed before it is there
-                self._wait_for_key(str(fault))
+                self._wait_for_log(str(fault))
             self._next_key_try = time.monotonic() + _KEY_RETRY
         self._end_idle_pauses()
         if time.monotonic() - self._trimmed > _TRIM:
@@ -574,6 +581,8 @@ class Service:
         pause = self._paused.get(monitor.key)
         health, reason = str(sight.health), sight.reason
         absent = self._absent.get(monitor.policy.vault)
+        if self._keys is None:
+            absent = self.waiting_for()
         if (pause or absent) and health in {"ok", "degraded"}:
             health, reason = "paused", absent or (pause.reason if pause else "")
         counters = self.jobs.counters(monitor.key)

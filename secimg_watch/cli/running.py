@@ -96,6 +96,7 @@ class Daemon:
                 can help.
         """
         kernel.protect_memory()
+        kernel.share_one_heap()
         self._service.open()
         try:
             self._begin()
@@ -108,9 +109,11 @@ class Daemon:
 
     def _end(self) -> None:
         if self._service.is_open:
-            self._service.stop()
-            self._write_status(running=False)
-            self._service.close()
+            try:
+                self._service.stop()
+                self._write_status(running=False)
+            finally:  # a queue that fails has no numbers to report
+                self._service.close()
 
     def _begin(self) -> None:
         self._notifier.extend(_STARTING)
