@@ -28,6 +28,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -1259,6 +1260,9 @@ CATEGORIES: Final = (
 )
 
 
+_OPENED: Final = re.compile(r"object ([0-9a-f]{32}): somebody opened the file for writing")
+
+
 class Account:
     """Where everything is that was ever written, compared with the ledger."""
 
@@ -1273,11 +1277,15 @@ class Account:
         self._set_aside: dict[tuple[int, str], list[str]] = defaultdict(list)
         self._moved: Counter[str] = Counter()
         self.lines: list[str] = []
+        self._written_in_hand: set[str] = set()
 
     def _wrong(self, sentence: str) -> None:
         self._soak.violation(sentence)
 
     def make(self) -> None:
+        for log in self._soak.top.glob("log-*"):
+            text = log.read_text(encoding="utf-8", errors="replace")
+            self._written_in_hand.update(_OPENED.findall(text))
         self._restore()
         self._look_into_folders()
         self._look_into_staging()
@@ -1418,12 +1426,18 @@ class Account:
         if here:
             self._wrong(f"{self._describe(version)} still lies in its folder in clear")
             return "pending"
+        if found:
+            self._wrong(f"{self._describe(version)} was sealed, and the policy leaves it")
+            return "sealed"
         self._wrong(f"LOST: {self._describe(version)}: no object, no file")
         return "lost"
 
     def _may_be_sealed(self, outcome: str, found: list[Sealed]) -> bool:
-        # What the decoder could not be asked about is sealed, whatever it is.
-        return outcome in {"seal", "quarantine"} or all(e.label == "uninspected" for e in found)
+        # What the decoder could not be asked about is sealed, whatever it is. So is what was
+        # written into a file that was claimed already, if a kill left it in the staging directory.
+        return outcome in {"seal", "quarantine"} or all(
+            each.label == "uninspected" or each.object_id in self._written_in_hand for each in found
+        )
 
     def _sealed_category(self, version: Version, here: list[Relative]) -> str:
         after = version.plan.after
