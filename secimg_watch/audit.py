@@ -78,6 +78,7 @@ class Audit:
         self._end: End | None = None  # behind what this process knows to be written
         self._unproved: Head | None = None  # a head that could not be checked; others may
         self._unsynced = False
+        self._head_lasts = False  # a head was synced; by whom the one in the file was, who knows
         self._log = self._head = -1
         self._files = contextlib.ExitStack()
         with _as_fault():
@@ -98,6 +99,7 @@ class Audit:
                 kernel.sync_above(self._state)
             self._files.close()
             self._log, self._head, self._files = log_file, head_file, opened.pop_all()
+            self._head_lasts = False
 
     def close(self) -> None:
         """Make durable what is not yet, as far as that goes, and close the log."""
@@ -175,10 +177,10 @@ class Audit:
             end, epoch = self._end, self._end.epoch
             head = Head(end.number, end.mac, end.size, end.epoch_at).sealed(epoch)
             # Within one sector, so it is the former one or this one. It may lag behind the log.
-            first = Head.parse(_read(self._head, 0, chain.HEAD_SIZE)) is None
             kernel.write_at(self._head, head.pack(), 0)
-            if first:  # nothing is there yet that a power cut could leave instead
+            if not self._head_lasts:  # or a power cut could leave neither
                 os.fsync(self._head)
+                self._head_lasts = True
 
     # -- finding the end -----------------------------------------------------------------------
 

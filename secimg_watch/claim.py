@@ -134,11 +134,11 @@ def set_aside(job: Job, held: Held | None, root: Root) -> bool:
         os.mkdir(QUARANTINE_NAME, 0o700, dir_fd=staging)
     quarantine = os.open(QUARANTINE_NAME, kernel.DIRECTORY, dir_fd=staging)
     try:
+        # Not synced. Wherever a power cut leaves it, the file is whole, and dealt with again; but
+        # synced inside a directory whose own name was not, it could be gone with that.
         os.rename(job.object_id, job.object_id, src_dir_fd=staging, dst_dir_fd=quarantine)
-        kernel.sync_directory(quarantine)
     finally:
         os.close(quarantine)
-    kernel.sync_directory(staging)
     return True
 
 
@@ -167,8 +167,8 @@ def rename_claim(root: Root, object_id: ObjectId, new_id: ObjectId) -> None:
     """
     assert root.staging is not None  # noqa: S101 - it was claimed, so there is a directory
     staging = root.staging.fd
+    # Not synced: a power cut that takes it back has the picture renamed once more.
     os.rename(object_id, new_id, src_dir_fd=staging, dst_dir_fd=staging)
-    kernel.sync_directory(staging)
 
 
 def take_back(object_id: ObjectId, staging: Directory) -> bool:

@@ -458,7 +458,11 @@ class File(_Provider):
 
     def load_ring(self) -> tuple[KeyEncryptionKey, ...]:
         """Read the file, as `KeyProvider.load_ring`."""
-        return decode_ring(read_private(self.path, acl=False), source=self.description)
+        ring = decode_ring(read_private(self.path, acl=False), source=self.description)
+        # Whoever wrote it may have died before its name was durable, and now it seals.
+        with contextlib.suppress(OSError):
+            kernel.sync_path(self.path.parent)
+        return ring
 
     def store(self, kek: KeyEncryptionKey) -> None:
         """Create the file with mode 0400, whole or not at all, as `KeyProvider.store`.

@@ -9,6 +9,7 @@ nothing.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -40,6 +41,11 @@ def recover_folder(folder: FolderKey, root: Root, jobs: Jobs, move_to: Path | No
     ``move_to``: where plaintexts go by the policy, if they do.
     """
     found = 0
+    if root.staging is not None:
+        # What an earlier process deleted may come back in clear, where it died before that was
+        # durable.
+        with contextlib.suppress(OSError):
+            kernel.sync_directory(root.staging.fd)
     for name in root.entries():
         if is_object_id(name) and _adopt(folder, root, jobs, name, State.QUEUED, move_to):
             found += 1

@@ -104,7 +104,9 @@ class Vault:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             (self.path / "tmp").mkdir(mode=0o700, exist_ok=True)
             self._make_shards()
-            # Before there is a vault.json: where it stands, the vault will be found again.
+            # Before there is a vault.json: where it stands, the vault will be found again, and
+            # whole.
+            kernel.sync_path(self.path)
             kernel.sync_above(self.path)
             self.write_info(info)
         except OSError as error:
@@ -201,7 +203,10 @@ class Vault:
         """
         try:
             self._lock_fd = kernel.lock_exclusively(self.path / "lock")
+            # Whoever made the vault may have died before its names were durable.
+            kernel.sync_path(self.path)
         except OSError as error:
+            self.unlock()
             raise self._unwritable(error) from error
         if self._lock_fd is None:
             raise AlreadyRunningError(f"another process writes to the vault {self.path}")
@@ -400,6 +405,21 @@ class Vault:
             _unlink(path)
             raise
         kernel.sync_path(final.parent)
+
+    def sync_objects(self) -> None:
+        """Make durable what was replaced, also by a process that died before it could do that.
+
+        Raises:
+            NotReadyError, NotAllowedError: the system failed that.
+        """
+        try:
+            for number in range(256):
+                shard = self.path / "objects" / f"{number:02x}"
+                with contextlib.suppress(FileNotFoundError):  # a backup may have left it out
+                    if os.listdir(shard):
+                        kernel.sync_path(shard)
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     # -- reading ---------------------------------------------------------------------------
 

@@ -291,6 +291,27 @@ def test_a_stranger_under_the_name_gets_it_back_untouched(desk: Desk) -> None:
     assert not desk.root.has_staged(inspected.held.job.object_id)
 
 
+def test_a_stranger_is_not_given_back_over_a_file_that_came_meanwhile(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = desk.drop("sub/a.jpg")
+    inspected = desk.inspected(desk.job("sub/a.jpg"))
+    replace(path)
+    rename = os.rename
+
+    def moved(source: str, target: str, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+        monkeypatch.undo()
+        rename(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+        path.write_bytes(b"a third file")
+
+    monkeypatch.setattr(os, "rename", moved)
+    with pytest.raises(ChangedInHandError, match="replaced"):
+        claim(inspected, desk.root, desk.hands, move=True)
+    assert path.read_bytes() == b"a third file"
+    object_id = inspected.held.job.object_id
+    assert (desk.root.staging_path / object_id / "sub/a.jpg").read_bytes() == STRANGER
+
+
 def test_giving_a_stranger_back_leaves_no_directories(desk: Desk) -> None:
     path = desk.drop("sub/a.jpg")
     inspected = desk.inspected(desk.job("sub/a.jpg"))

@@ -30,6 +30,7 @@ from secimg_watch.errors import (
     KeyUnavailableError,
 )
 from secimg_watch.records import KeyEncryptionKey
+from secimg_watch.secretline import write_private
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -612,6 +613,21 @@ def test_of_two_keys_stored_at_once_one_stays_and_the_other_is_refused(tmp_path:
         thread.join(10)
     assert stored == [key_file(tmp_path / "key").load()]
     assert os.listdir(tmp_path) == ["key"]
+
+
+@posix_only
+def test_a_key_that_was_stored_a_moment_ago_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(path: Path, line: str, *, like: Path) -> None:
+        monkeypatch.undo()
+        write_private(path, line, like=like)
+        key_file(tmp_path / "key").store(KEK)
+
+    monkeypatch.setattr("secimg_watch.keys.write_private", late)
+    with pytest.raises(CannotCreateError):
+        key_file(tmp_path / "key").store(keys.generate())
+    assert key_file(tmp_path / "key").load() == KEK
 
 
 @posix_only

@@ -31,6 +31,7 @@ from path_builders import (
     without_privileges,
 )
 
+from secimg_watch import kernel
 from secimg_watch.errors import (
     AlreadyRunningError,
     CannotCreateError,
@@ -433,6 +434,25 @@ def test_nothing_is_written_where_the_vault_was_before_it_was_replaced(
     shutil.rmtree(desk.vault.path)
     (tmp_path / "unmounted").rename(desk.vault.path)
     desk.verify(desk.vault.stage(given))
+    desk.vault.unlock()
+
+
+def test_what_was_synced_in_a_vault_that_is_another_one_by_now_is_not_committed(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.vault.lock()
+    verified = desk.verify(desk.vault.stage(sealed(desk)))
+    sync_path = kernel.sync_path
+
+    def replaced_meanwhile(directory: Path) -> None:
+        monkeypatch.undo()
+        desk.vault.path.rename(tmp_path / "unmounted")
+        Vault(desk.vault.path, NO_RESERVE).create(INFO)
+        sync_path(directory)
+
+    monkeypatch.setattr(kernel, "sync_path", replaced_meanwhile)
+    (outcome,) = commit([(desk.vault, verified)])
+    assert isinstance(outcome, VaultGoneError)
     desk.vault.unlock()
 
 

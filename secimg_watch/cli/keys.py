@@ -250,6 +250,7 @@ def key_retire(app: App, key_id: str) -> None:
             locks.callback(vault.unlock)
         for vault in vaults:
             _refuse_needed(vault, retired)
+            vault.sync_objects()  # or an object that needs it could be back after a power cut
         for vault in vaults:
             forget_key(vault, retired)
         left = tuple(each for each in ring if each.key_id != retired)
