@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,5 +31,28 @@ def test_each_safeguard_stands_where_the_campaign_looks_for_it(mutation: Any) ->
     for module, before, after in MUTATE.edits(mutation):
         source = (MUTATE.HOME / "secimg_watch" / module).read_text("utf-8")
         ast.parse(MUTATE.mutated(source, before, after))
+
+
+@pytest.mark.parametrize("mutation", MUTATE.MUTATIONS, ids=lambda mutation: mutation.what)
+def test_each_finder_has_what_it_is_asked_for(mutation: Any) -> None:
+    name, *words = mutation.finder
     places = (MUTATE.HOME / "tests", MUTATE.HOME / "tests" / "campaigns")
-    assert any((place / mutation.finder[0]).exists() for place in places)
+    (text,) = [(place / name).read_text("utf-8") for place in places if (place / name).exists()]
+    for option, value in itertools.pairwise(words):
+        if option == "--action":
+            assert f"def {value.replace(' ', '_')}(" in text
+        elif option in {"--scenario", "--variant", "--only"}:
+            assert f'"{value}"' in text
+
+
+def test_a_program_that_does_not_run_was_not_noticed() -> None:
+    assert MUTATE.ACCIDENT.search("a defect: NameError; again in 2 s")
+    assert not MUTATE.ACCIDENT.search("KeyMismatchError: TamperedError: FileNotFoundError")
+
+
+def test_the_documentation_names_each_safeguard_and_its_finder() -> None:
+    text = (MUTATE.HOME / "docs" / "invariants.md").read_text("utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("|") and line.endswith(".py` |")]
+    listed = [row for row in rows if row.count("|") == 3]
+    expected = [f"| {m.what} | `{m.finder[0]}` |" for m in MUTATE.MUTATIONS]
+    assert [row for row in listed if row in set(expected)] == expected

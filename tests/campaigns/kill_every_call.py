@@ -5,8 +5,9 @@
 Every case is a command and the site that it works on. The command is killed at the first call
 that changes a disk, then at the second, and so on, until a run survives whole. After each kill
 every picture has to exist, in clear or sealed, and every object has to open and to hold what
-somebody wrote; then a healthy run has to finish the work: everything sealed once, save where a
-duplicate is documented, and nothing left of the dead run. The variants:
+somebody wrote; whatever is gone has to be on record in the audit log as sealed. Then a healthy run
+has to finish the work: everything sealed once, save where a duplicate is documented, and nothing
+left of the dead run. The variants:
 
 ``once``   a kill, then a healthy run, and another one that must find nothing to do
 ``again``  a kill, then a recovery that is killed at a random call as well, then a healthy run
@@ -46,8 +47,9 @@ from PIL import Image
 from rig import STAGING, Rig, small_pictures
 
 from secimg_watch import kernel
+from secimg_watch.audit import events_of, read_log
 from secimg_watch.crypto import sha256
-from secimg_watch.errors import SecimgError
+from secimg_watch.errors import NoInputError, SecimgError
 from secimg_watch.gate import check_keys
 from secimg_watch.keys import provider_for
 from secimg_watch.quantities import Reserve
@@ -58,7 +60,7 @@ from secimg_watch.tracer import CALLS, CHANGING, Call, Fail, Kill, Outcome
 from secimg_watch.vault import Vault, is_object_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from secimg_watch.records import ObjectId
     from secimg_watch.slots import Opener
@@ -315,7 +317,17 @@ class Case:
             f"object {i} holds what nobody wrote" for i, c in sealed.items() if c not in wanted
         ]
         faults += self.strangers()
-        return faults + self.exposed()
+        return faults + self.unrecorded(sealed) + self.exposed()
+
+    def unrecorded(self, sealed: Mapping[ObjectId, bytes]) -> list[str]:
+        """Pictures that are gone, and of whose objects none is on record as sealed."""
+        recorded: set[object] = set()
+        with contextlib.suppress(NoInputError):  # nothing has run yet
+            events = events_of(read_log(self.rig.state))
+            recorded = {each.fields.get("object") for each in events if each.event == "sealed"}
+        known = {content for object_id, content in sealed.items() if object_id in recorded}
+        known.update(self.plaintexts().values())
+        return [f"gone, and not on record: {n}" for n, c in self.pictures.items() if c not in known]
 
     def strangers(self) -> list[str]:
         """Names under ``objects/`` that are none of an object."""

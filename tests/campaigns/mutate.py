@@ -1,7 +1,14 @@
 """Takes one safeguard out of the program at a time, and asks the rigs whether they notice.
 
 Each mutation is made in a copy of the program, and the rig that has to find it is run on that. A
-rig that finds nothing proves nothing.
+rig that finds nothing proves nothing. Nor does one that finds a program which does not run: a
+violation that speaks of a `NameError` or the like counts as an accident. ``--control`` runs each
+rig on the program as it is, where it has to find nothing.
+
+There is a mutation for each sync of the data path, but for those that are made for no promise:
+`crashtest.py` only asks whether directories can be synced. Not synced at all are claims, what goes
+into quarantine, and rows of the queue: a power cut that takes them back leaves a file where it is
+found again, at the cost of an object too many at most.
 """
 
 from __future__ import annotations
@@ -9,6 +16,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,9 +29,15 @@ from typing import Final
 HOME: Final = Path(__file__).parents[2]
 PATIENCE: Final = 900.0
 
-POWER: Final = ("power_loss.py", "--states", "200", "--model", "weak", "--scenario")
-KILL: Final = ("kill_every_call.py", "--workers", "1", "--variant", "once", "--only")
-RACE: Final = ("race_every_call.py", "--variant")
+POWER: Final = (
+    *("power_loss.py", "--first", "--seed", "1", "--states", "200", "--model", "weak"),
+    "--scenario",
+)
+KILL: Final = ("kill_every_call.py", "--first", "--variant", "once", "--only")
+RACE: Final = ("race_every_call.py", "--first", "--variant")
+ACCIDENT: Final = re.compile(
+    r"\b(Name|UnboundLocal|Syntax|Indentation|Import|ModuleNotFound|Type|Attribute)Error\b"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +76,13 @@ MUTATIONS: Final = (
         (*POWER, "drain"),
     ),
     Mutation(
+        "a deletion that a dead process made is not synced by who comes after it",
+        "recovery.py",
+        "            kernel.sync_directory(root.staging.fd)\n",
+        "            pass\n",
+        (*POWER, "drain killed, drain", "--killed", ".secimg-watch"),
+    ),
+    Mutation(
         "the audit log is not synced before a deletion",
         "audit.py",
         "        os.fsync(self._log)\n",
@@ -98,6 +119,118 @@ MUTATIONS: Final = (
         (*POWER, "key init, drain"),
     ),
     Mutation(
+        "a vault's shards are not synced before there is a vault.json",
+        "vault.py",
+        "        kernel.sync_path(objects)\n",
+        "        pass\n",
+        (*POWER, "key init, drain"),
+    ),
+    Mutation(
+        "a vault's directories are not synced before there is a vault.json",
+        "vault.py",
+        "            kernel.sync_path(self.path)\n            kernel.sync_above",
+        "            kernel.sync_above",
+        (*POWER, "key init"),
+    ),
+    Mutation(
+        "what a dead process made of a vault is not synced by who locks it",
+        "vault.py",
+        "before its names were durable.\n            kernel.sync_path(self.path)\n",
+        "before its names were durable.\n",
+        (*POWER, "key init killed, drain", "--killed", "disk/vault"),
+    ),
+    Mutation(
+        "the name of a key is not synced by who loads it from where a dead process left it",
+        "keys.py",
+        "            kernel.sync_path(self.path.parent)\n        return ring",
+        "            pass\n        return ring",
+        (*POWER, "key rotate killed, drain"),
+    ),
+    Mutation(
+        "the head of the audit log is not synced where a dead process began it",
+        "audit.py",
+        "            self._head_lasts = False\n",
+        "            self._head_lasts = os.fstat(head_file).st_size > 0\n",
+        (*POWER, "key init killed, drain", "--killed", "audit.head"),
+    ),
+    Mutation(
+        "an object that a dead process replaced is not synced before its former key goes",
+        "cli/keys.py",
+        "vault.sync_objects()",
+        "vault.exists()",
+        (*POWER, "vault rekey killed, key retire"),
+    ),
+    Mutation(
+        "a new state directory's own name is not synced",
+        "audit.py",
+        "                kernel.sync_above(self._state)\n",
+        "                pass\n",
+        (*POWER, "drain, no state yet"),
+    ),
+    Mutation(
+        "the names of the audit log are not synced",
+        "audit.py",
+        "            kernel.sync_path(self._state)\n",
+        "",
+        (*POWER, "drain, no state yet"),
+    ),
+    Mutation(
+        "a new directory that pictures are moved to is not synced",
+        "erase.py",
+        "        kernel.sync_above(target)\n",
+        "",
+        (*POWER, "after: move"),
+    ),
+    Mutation(
+        "a new sub-folder that pictures are moved to is not synced",
+        "erase.py",
+        "                kernel.sync_directory(here)\n",
+        "",
+        (*POWER, "after: move"),
+    ),
+    Mutation(
+        "a new directory that is restored to is not synced",
+        "restore.py",
+        "                kernel.sync_above(directory)\n",
+        "",
+        (*POWER, "vault restore"),
+    ),
+    Mutation(
+        "a new sub-folder that is restored to is not synced",
+        "restore.py",
+        "                kernel.sync_directory(here)\n",
+        "",
+        (*POWER, "vault restore"),
+    ),
+    Mutation(
+        "the directory of a restored file is not synced",
+        "restore.py",
+        "                kernel.sync_directory(self._parent)\n",
+        "",
+        (*POWER, "vault restore"),
+    ),
+    Mutation(
+        "the return of a quarantined file is not synced",
+        "claim.py",
+        "    kernel.sync_directory(staging.fd)\n    return True",
+        "    return True",
+        (*POWER, "jobs retry"),
+    ),
+    Mutation(
+        "a picture that is written for a program is not synced",
+        "images.py",
+        "            os.fsync(file.fileno())\n",
+        "",
+        (*POWER, "bytes_to_image"),
+    ),
+    Mutation(
+        "the directory of such a picture is not synced",
+        "images.py",
+        "    kernel.sync_path(Path(folder))\n",
+        "",
+        (*POWER, "bytes_to_image"),
+    ),
+    Mutation(
         "the key file is not synced",
         "secretline.py",
         '        stream.write(f"{line}\\n".encode("ascii"))\n'
@@ -108,23 +241,30 @@ MUTATIONS: Final = (
     Mutation(
         "the directory of the key file is not synced",
         "keys.py",
-        "            kernel.sync_path(self.path.parent)\n",
-        "",
+        "os.unlink(temporary)\n            kernel.sync_path(self.path.parent)\n",
+        "os.unlink(temporary)\n",
         (*POWER, "key init, drain"),
+        also=(
+            (
+                "keys.py",
+                "            kernel.sync_path(self.path.parent)\n        return ring",
+                "            pass\n        return ring",
+            ),
+        ),
     ),
     Mutation(
         "the directory of a replaced object is not synced",
         "vault.py",
         "        kernel.sync_path(final.parent)\n",
         "",
-        (*POWER, "key retire"),
+        (*POWER, "vault rekey"),
     ),
     Mutation(
-        "a moved picture's new directory is not synced before its old name goes",
+        "a moved picture's new directory is not synced",
         "erase.py",
         "                break\n        kernel.sync_directory(fd)",
         "                break",
-        (*POWER, "after: move"),
+        (*POWER, "move, older system"),
     ),
     Mutation(
         "a restored file is not synced",
@@ -167,7 +307,7 @@ MUTATIONS: Final = (
         "erase.py",
         "    refuse_if_changed(claimed.inspected.held, claimed.identity)\n",
         "",
-        (*RACE, "leased", "--action", "claimed file appended to"),
+        (*RACE, "in place", "--action", "append"),
     ),
     Mutation(
         "the file in hand need not be the one that settled",
@@ -209,16 +349,65 @@ MUTATIONS: Final = (
         "an object that was found counts without being verified",
         "pipeline.py",
         "            return self._verify(staged, place)\n        except (Tampered",
-        "            return Verified(staged)\n        except (Tampered",
+        "            from secimg_watch.records import Verified as Found\n"
+        "            return Found(staged)\n        except (Tampered",
         (*RACE, "leased", "--action", "another object under the final name"),
+    ),
+    Mutation(
+        "what is moved away overwrites what has the name",
+        "erase.py",
+        "kernel.rename_noreplace(\n                    claimed.name, candidate,"
+        " source_dir=claimed.parent, target_dir=fd",
+        "os.rename(\n                    claimed.name, candidate,"
+        " src_dir_fd=claimed.parent, dst_dir_fd=fd",
+        (*RACE, "move", "--action", "name taken in the move directory"),
+    ),
+    Mutation(
+        "what was moved by mistake is given back over what has its name by now",
+        "claim.py",
+        "kernel.rename_noreplace(held.name, held.name, source_dir=parent, target_dir=held.parent)",
+        "os.rename(held.name, held.name, src_dir_fd=parent, dst_dir_fd=held.parent)",
+        ("test_hold_and_claim.py",),
+    ),
+    Mutation(
+        "a restored file overwrites what has its name by now",
+        "restore.py",
+        "                    kernel.give_name(",
+        "                    with contextlib.suppress(FileNotFoundError):\n"
+        "                        os.unlink(self._target, dir_fd=self._parent)\n"
+        "                    kernel.give_name(",
+        ("test_restore.py",),
+    ),
+    Mutation(
+        "of two keys that are stored at once the second one stays",
+        "keys.py",
+        "publish: Callable[[Path, Path], None] = os.link",
+        "publish: Callable[[Path, Path], None] = os.replace",
+        ("test_keys.py",),
+    ),
+    Mutation(
+        "a vault that is another one by now counts as the one that was locked",
+        "vault.py",
+        "        fault = _outcome(Vault.refuse_if_gone, vault) or synced[path.parent]\n",
+        "        fault = synced[path.parent]\n",
+        ("test_vault.py",),
     ),
     Mutation(
         "the plaintext goes before its object has its final name",
         "pipeline.py",
         "            committed = self._sort_out(tasks, commit(",
-        "            erase([_erasure(task, Committed(task.verified, Path()))"
-        " for task in tasks])\n            committed = self._sort_out(tasks, commit(",
+        "            from pathlib import Path as Nowhere\n"
+        "            from secimg_watch.records import Committed as Early\n"
+        "            early = erase([_erasure(t, Early(t.verified, Nowhere())) for t in tasks])\n"
+        "            committed = self._sort_out(tasks, commit(",
         (*KILL, "drain, one worker"),
+        also=(
+            (
+                "pipeline.py",
+                "gone = erase([_erasure(task, done) for task, done in on_record])",
+                "gone = early",
+            ),
+        ),
     ),
     Mutation(
         "the plaintext goes before it is on record",
@@ -240,7 +429,7 @@ MUTATIONS: Final = (
         "vault.py",
         '            _unlink(self.path / "tmp" / name)\n        return len(names)',
         "            pass\n        return len(names)",
-        (*KILL, "jobs"),
+        ("kill_every_call.py", "--first", "--variant", "queue", "--only", "drain, in place"),
     ),
     Mutation(
         "an object that was committed before is not looked for",
@@ -254,7 +443,7 @@ MUTATIONS: Final = (
         "audit.py",
         "        elif torn:\n            self._write(",
         "        elif False:\n            self._write(",
-        (*KILL, "drain, one worker"),
+        (*POWER, "drain"),
     ),
 )
 
@@ -270,6 +459,8 @@ def mutated(source: str, before: str, after: str) -> str:
     Raises:
         ValueError: it does not stand there, or more than once.
     """
+    if before == after:
+        return source
     if source.count(before) != 1:
         raise ValueError(f"it stands there {source.count(before)} times: {before}")
     return source.replace(before, after)
@@ -289,9 +480,19 @@ class Result:
     """What a rig said to a mutation."""
 
     mutation: Mutation
-    noticed: bool
+    code: int
+    """What the rig ended with: 1 where it found something."""
     seconds: float
     words: str
+    by_accident: bool
+    """Whether the program did not do what a mutation was to make it do."""
+
+    @property
+    def verdict(self) -> str:
+        """In a word."""
+        if self.code != 1:
+            return "NOT NOTICED"
+        return "ACCIDENT" if self.by_accident else "noticed"
 
 
 def attempt(mutation: Mutation) -> Result:
@@ -320,7 +521,25 @@ def attempt(mutation: Mutation) -> Result:
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     violations = [line for line in lines if line.startswith(("VIOLATION", "FAILED"))]
     words = next(iter(violations or lines[-1:]), "")
-    return Result(mutation, done.returncode == 1, time.monotonic() - started, words)
+    seconds = time.monotonic() - started
+    by_accident = ACCIDENT.search(done.stdout + done.stderr) is not None
+    return Result(mutation, done.returncode, seconds, words, by_accident)
+
+
+def control(finders: set[tuple[str, ...]], workers: int) -> int:
+    """Run finders on the program as it is; exit 1 where one finds something."""
+    nothing = [Mutation("nothing", "vault.py", "", "", finder) for finder in sorted(finders)]
+    wrong = 0
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        for result in pool.map(attempt, nothing):
+            rig = " ".join(result.mutation.finder)
+            verdict = "FOUND SOMETHING" if result.code else "nothing found"
+            say(f"{verdict} [{rig}] {result.seconds:.0f} s")
+            if result.code:
+                say(f"            {result.words[:300]}")
+                wrong += 1
+    say(f"{len(nothing)} finders, {wrong} of which find something in the program as it is")
+    return 1 if wrong else 0
 
 
 def say(line: str) -> None:
@@ -334,16 +553,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="take out one safeguard at a time")
     parser.add_argument("--only", default="", help="mutations with this in their name or module")
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
+    parser.add_argument("--control", action="store_true", help="run the finders on the program")
     asked = parser.parse_args()
     chosen = [m for m in MUTATIONS if asked.only in f"{m.module} {m.what}"]
+    if asked.control:
+        return control({mutation.finder for mutation in chosen}, asked.workers)
     missed = 0
     with concurrent.futures.ThreadPoolExecutor(asked.workers) as pool:
         for result in pool.map(attempt, chosen):
             rig = " ".join(result.mutation.finder)
-            verdict = "noticed" if result.noticed else "NOT NOTICED"
-            say(f"{verdict:11} {result.mutation.what} [{rig}] {result.seconds:.0f} s")
+            say(f"{result.verdict:11} {result.mutation.what} [{rig}] {result.seconds:.0f} s")
             say(f"            {result.words[:300]}")
-            missed += not result.noticed
+            missed += result.verdict != "noticed"
     say(f"{len(chosen)} safeguards taken out, {missed} not noticed")
     return 1 if missed else 0
 

@@ -7,6 +7,9 @@ before anything else runs no picture is lost, and after a healthy run everything
 and nothing is left in clear. ``--without-syncs`` asks the opposite: which sync could be left out
 with no state to show for it?
 
+In the scenarios with *killed* in their names the recorded run goes on from what another one left
+that was killed at one of its syncs: what it saw there need not outlast a power cut.
+
 Inode numbers and change times are not the recorded ones after that; the healthy run is made to
 see the recorded ones, so that rows of the queue mean the files that they meant.
 
@@ -178,6 +181,11 @@ class Recorder:
         self.disk.write(node, content)
         self._meet(str(path), node)
         self.identities[node] = Identity.of(path.stat())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call is being made."""
+        return not self._begun
 
     def decide(self, call: Call) -> Decision:
         """To be given to the tracer."""
@@ -520,6 +528,8 @@ class Scenario:
     name = "drain"
     rounds = 1
     """How many recordings are made."""
+    attempts = 1
+    """How often one is tried that may fail, as threads make a run differ from the next."""
     effort: Effort | None = None
     """How many of the states of one moment are listed, where not the usual number."""
     share = 1
@@ -563,8 +573,13 @@ class Scenario:
         """What may not be lost: states in which it might be are tried before others."""
         return site.pictures.values()
 
-    def disturbs(self, _call: Call) -> Decision:
-        """What happens to the recorded run from outside."""
+    def suspects(self, _tree: Tree) -> bool:
+        """Whether states with that tree are to be tried before others for some other reason."""
+        return False
+
+    def disturbs(self, _call: Call, *, alone: bool) -> Decision:
+        """What happens to the recorded run from outside; ``alone``: no other call is being made."""
+        del alone
         return None
 
     def perform(self, site: Site, **how: Any) -> None:
@@ -615,12 +630,16 @@ class Again(Scenario):
 
 class First(Scenario):
     name = "key init, drain"
+    effort = FEW  # a moment has thousands of states
     words: tuple[tuple[str, ...], ...] = (("key", "init"), ("drain",))
 
     def make(self, top: Path) -> Site:
         site = Site(Apart.arrange(top), self.pictures())
         site.rig.put(site.pictures)
         return site
+
+    def suspects(self, tree: Tree) -> bool:
+        return "disk/vault/vault.json" in tree and "disk/vault/objects/ff" not in tree
 
     def afterwards(self, site: Site) -> list[str]:
         return site.run("key", "init") + Scenario.afterwards(self, site)
@@ -753,21 +772,13 @@ class SetAside(Scenario):
             queue.close()
 
     def in_the_end(self, site: Site) -> list[str]:
-        (aside,) = [name for name in site.clear() if name.endswith("letter.pdf")] or [""]
-        left = [f"still in clear: {name}" for name in site.clear() if name != aside]
-        there = f"/{STAGING}/{QUARANTINE_NAME}/" in aside
-        return left + [f"said to be set aside: {aside}"] * (not there)
-
-
-class SetAsideAlone(SetAside):
-    """There is nothing else, whose deletion would have the staging directory synced."""
-
-    name = "quarantine, alone"
-    count = 0
+        return [
+            f"still in clear: {name}" for name in site.clear() if not name.endswith("letter.pdf")
+        ]
 
 
 class Retry(SetAside):
-    """What was set aside comes back, as the policy takes it now."""
+    """What was set aside comes back, as the policy takes it now; once that is said, it lasts."""
 
     name = "jobs retry"
     share = 1
@@ -896,7 +907,7 @@ class Rotate(Scenario):
     """One picture is sealed, and another one waits."""
 
     name = "key rotate"
-    words = (("key", "rotate"),)
+    words: tuple[tuple[str, ...], ...] = (("key", "rotate"),)
 
     def make(self, top: Path) -> Site:
         site = Scenario.make(self, top)
@@ -959,23 +970,31 @@ class Killed(Scenario):
     is a round for each of the first run's syncs.
     """
 
+    attempts = 4
+
     def __init__(self, seed: int) -> None:
         Scenario.__init__(self, seed)
         self.spared = seed % self.rounds
+        self.only = ""
+        """Only syncs of a path that ends so count."""
+        self.died = self.was_killed = False
 
-    def disturbs(self, call: Call) -> Decision:
-        if self.spared < 0 or call.name not in _SYNCS:
+    def disturbs(self, call: Call, *, alone: bool) -> Decision:
+        if self.died or call.name not in _SYNCS:
             return None
         path = os.readlink(f"/proc/{call.thread}/fd/{call.args[0]}")
-        self.spared -= path.startswith(f"{self.top}/") or path == self.top
-        return Kill() if self.spared < 0 else None
+        if path.startswith(self.top) and path.endswith(self.only):
+            # Of a call that another thread makes meanwhile nobody could say whether it was done.
+            self.died = self.spared <= 0 and alone
+            self.spared -= 1
+        return Kill() if self.died else None
 
     def perform(self, site: Site, **how: Any) -> None:
         self.top = os.path.realpath(site.top)
         first, *others = self.words
         outcome, output = site.rig.traced(first, **how)
-        assert outcome.code in {0, SIGKILLED}, (first, outcome, output)
-        self.spared = -1
+        assert outcome.code in {*self.good, SIGKILLED}, (first, outcome, output)
+        self.died, self.was_killed = True, outcome.code == SIGKILLED
         self.words = tuple(others)
         Scenario.perform(self, site, **how)
 
@@ -983,16 +1002,15 @@ class Killed(Scenario):
 class InitKilled(Killed, First):
     name = "key init killed, drain"
     words = (("key", "init"), ("key", "init"), ("drain",))
-    rounds = 12
-    effort = FEW
+    rounds = 16
 
 
 class RotateKilled(Killed, Rotate):
     """A key that something was sealed with may not be gone."""
 
     name = "key rotate killed, drain"
-    words = (("key", "rotate"), ("drain",))
-    rounds = 6
+    words: tuple[tuple[str, ...], ...] = (("key", "rotate"), ("drain",))
+    rounds = 11
     effort = FEW
 
     def afterwards(self, site: Site) -> list[str]:
@@ -1004,7 +1022,7 @@ class RotateKilled(Killed, Rotate):
 
 class RetireKilled(Killed, RekeyRetire):
     name = "vault rekey killed, key retire"
-    rounds = 6
+    rounds = 8
 
     def make(self, top: Path) -> Site:
         site = RekeyRetire.make(self, top)
@@ -1015,14 +1033,23 @@ class RetireKilled(Killed, RekeyRetire):
 class DrainKilled(Killed):
     name = "drain killed, drain"
     words = (("drain",), ("drain",))
-    rounds = 20
+    rounds = 26
     effort = FEW
 
 
-class SetAsideKilled(Killed, SetAsideAlone):
+class WriteOnlyKilled(Killed, WriteOnly):
+    """What was committed before does not open, so a claim gets another object's id."""
+
+    name = "write-only killed, drain"
+    words = (("drain",), ("drain",))
+    rounds = 26
+    effort = FEW
+
+
+class SetAsideKilled(Killed, SetAside):
     name = "quarantine killed, drain"
     words = (("drain",), ("drain",))
-    rounds = 14
+    rounds = 25
     effort = FEW
 
 
@@ -1121,13 +1148,12 @@ SCENARIOS: Final[dict[str, type[Scenario]]] = {
             Moved,
             InPlace,
             SetAside,
-            SetAsideAlone,
             Retry,
             NewState,
         ),
         *(Older, MovedOlder, RestoreOlder),
         *(WriteOnly, Rekey, Reencrypt, Rotate, Retire, RekeyRetire, Restore),
-        *(InitKilled, RotateKilled, RetireKilled, DrainKilled, SetAsideKilled),
+        *(InitKilled, RotateKilled, RetireKilled, DrainKilled, WriteOnlyKilled, SetAsideKilled),
         Library,
     )
 }
@@ -1144,7 +1170,8 @@ def record(scenario: Scenario, top: Path) -> tuple[Site, Recorder]:
         scenario.begin(site, recorder)
 
         def decide(call: Call) -> Decision:
-            return site.lacking(call) or scenario.disturbs(call) or recorder.decide(call)
+            disturbed = scenario.disturbs(call, alone=recorder.is_idle)
+            return site.lacking(call) or disturbed or recorder.decide(call)
 
         scenario.perform(site, decide=decide, returned=recorder.returned)
     recorder.check()
@@ -1177,26 +1204,33 @@ def distinct(
 class Risk:
     """Tells by its files alone, before it is laid out, whether something may be lost in a state."""
 
+    scenario: Scenario
     wanted: Collection[bytes]
     objects: Mapping[str, tuple[bytes, bytes]]
     """By path: each object as it was in the end, and what it holds."""
+    end: int
+    in_clear: Collection[bytes | None]
+    """What lay in clear in the end."""
 
     @classmethod
-    def of(cls, scenario: Scenario, site: Site) -> Risk:
+    def of(cls, scenario: Scenario, site: Site, disk: Disk) -> Risk:
         """Look at a site whose commands have just ended."""
         objects = {}
         for object_id, content in site.objects().items():
             path = Vault(site.rig.vault, Reserve(0.0, 0)).object_path(object_id)
             objects[str(path.relative_to(site.top))] = (path.read_bytes(), content)
-        return cls(scenario.precious(site), objects)
+        in_clear = {entry.content for entry in disk.tree(disk.now()).values()}
+        return cls(scenario, scenario.precious(site), objects, len(disk.events), in_clear)
 
-    def __call__(self, tree: Tree) -> bool:
-        """Whether it may."""
+    def __call__(self, state: State, tree: Tree) -> bool:
+        """Whether it may; or lies in clear again when the commands have ended."""
         there = {entry.content for entry in tree.values()}
+        if state.point == self.end and not there.intersection(self.wanted) <= set(self.in_clear):
+            return True
         for path, (sealed, content) in self.objects.items():
             if path in tree and tree[path].content == sealed:
                 there.add(content)
-        return not there.issuperset(self.wanted)
+        return not there.issuperset(self.wanted) or self.scenario.suspects(tree)
 
 
 def choice(
@@ -1206,7 +1240,7 @@ def choice(
     count, risky = 0, []
     for number, state in enumerate(states):
         count += 1
-        if risk(disk.tree(state)):
+        if risk(state, disk.tree(state)):
             risky.append(number)
     chosen = {risky[at] for at in sampled(len(risky), max(1, limit // 2), rng)}
     return count, chosen | set(sampled(count, max(1, limit - len(chosen)), rng))
@@ -1340,6 +1374,8 @@ class Task:
     """That the power fails at: so many, or all."""
     sync: str = ""
     """Of syncs that are left out: only those of paths with this in them."""
+    killed: str = ""
+    """Of runs that were killed before: only those killed at the sync of a path that ends so."""
     first: bool = False
     """Whether the first violation is enough."""
 
@@ -1347,11 +1383,20 @@ class Task:
         """Record, and try states under each model."""
         kind = SCENARIOS[self.scenario]
         found = [Findings(self.scenario, name) for name in self.models]
-        for number in range(kind.rounds):
+        attempts = (number for number in range(kind.rounds) for _ in range(kind.attempts))
+        good = -1
+        for number in attempts:
+            if number == good:
+                continue
             with place(self.directory) as base:
                 scenario = kind(self.seed + number)
+                if isinstance(scenario, Killed) and self.killed:
+                    scenario.only, scenario.spared = self.killed, number
                 site, recorder = record(scenario, base / "top")
-                risk = Risk.of(scenario, site)
+                if isinstance(scenario, Killed) and not scenario.was_killed:
+                    continue
+                good = number
+                risk = Risk.of(scenario, site, recorder.disk)
                 for each in found:
                     started = time.monotonic()
                     site.costs = each.costs
@@ -1370,7 +1415,8 @@ class Task:
             return distinct(disk, model, points, rng, scenario.effort or self.effort)
 
         # Twice, as they do not fit into memory all at once.
-        limit = max(1, self.sample // scenario.rounds // scenario.share)
+        rounds = 2 if self.killed else scenario.rounds
+        limit = max(1, self.sample // rounds // scenario.share)
         count, chosen = choice(states(), disk, risk, limit, random.Random(self.seed))
         found.points += len(disk.events) + 1
         found.states += count
@@ -1395,7 +1441,7 @@ class Task:
         rows: dict[tuple[str, str], Row] = {}
         with place(self.directory) as base:
             site, recorder = record(scenario, base / "top")
-            risk = Risk.of(scenario, site)
+            risk = Risk.of(scenario, site, recorder.disk)
             for name in self.models:
                 for sync in recorder.disk.syncs():
                     event = recorder.disk.events[sync]
@@ -1507,6 +1553,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--dir", type=Path, help="where the sites lie; memory by default")
     parser.add_argument("--without-syncs", action="store_true", help="leave out each sync in turn")
     parser.add_argument("--sync", default="", help="only syncs of paths with this in them")
+    parser.add_argument("--killed", default="", help="only runs killed at a sync of such a path")
     parser.add_argument("--first", action="store_true", help="no more after the first violation")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="lay out violating states there")
     return parser.parse_args()
@@ -1521,7 +1568,7 @@ def main() -> int:
     # Under the strictest promise that is kept, and the weakest one.
     models = tuple(asked.model or (["ordered", "weak"] if asked.slice else MODELS))
     how: dict[str, Any] = {"directory": asked.dir, "keep": asked.keep, "sync": asked.sync}
-    how["first"] = asked.first
+    how |= {"first": asked.first, "killed": asked.killed}
     if asked.slice:
         how |= {"effort": FEW, "moments": FEW_MOMENTS}
     states = asked.states or (SLICE_STATES if asked.slice else 1000)

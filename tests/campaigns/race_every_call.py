@@ -1499,6 +1499,10 @@ class Run:
             if self.action.group == "own":
                 return "claimed, by the service's own user"
             return "" if self.leased else "claimed, without a lease"
+        # Where nothing stands against it, a picture is not sealed in place.
+        claimable = self.variant.moves and not self.variant.user and not self.earlier
+        if claimable and self.action.group == "picture":
+            return ""
         return "in place" if path.startswith("drop/") else ""
 
     def places(self) -> set[tuple[str, str]]:
@@ -1793,6 +1797,8 @@ def campaign(top: Path, options: argparse.Namespace, table: Table) -> None:
         for key, deed in points:
             if number_of(key, deed) % every == options.part % every:
                 table.add(variant, deed, key, attack_there(site, variant, deed, key, spare))
+            if options.first and table.violations:
+                return
         sys.stdout.write(f"{variant.name}: {len(scenes)} calls, {len(points)} points\n")
         sys.stdout.flush()
 
@@ -2284,6 +2290,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=0, help="so many, in two runs, at random")
     parser.add_argument("--full", action="store_true", help="each call on the queue, too")
     parser.add_argument("--seconds", type=float, default=0.0, help="under fire, with a daemon")
+    parser.add_argument("--first", action="store_true", help="no more after the first violation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hammer", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--uid", type=int, default=0, help=argparse.SUPPRESS)
