@@ -466,13 +466,19 @@ def mutated(source: str, before: str, after: str) -> str:
     return source.replace(before, after)
 
 
+def path(finder: str) -> str:
+    """Where a rig, or a file of tests, lies."""
+    return f"tests/{finder}" if finder.startswith("test_") else f"tests/campaigns/{finder}"
+
+
 def command(finder: tuple[str, ...], home: Path) -> list[str]:
     """How a rig, or a file of tests, is run on the program in ``home``."""
     name, *options = finder
+    file = str(home / path(name))
     if name.startswith("test_"):
         pytest = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
-        return [*pytest, "--rootdir", str(home), str(home / "tests" / name), *options]
-    return [sys.executable, str(home / "tests" / "campaigns" / name), *options]
+        return [*pytest, "--rootdir", str(home), file, *options]
+    return [sys.executable, file, *options]
 
 
 @dataclass(frozen=True, slots=True)
