@@ -273,14 +273,16 @@ class Campaign:
         """Help on what waits for time or for a person; "" where nothing does."""
         rig = self.case.rig
         with contextlib.closing(sqlite3.connect(rig.state / "queue.sqlite")) as queue:
+            late = "UPDATE job SET not_before = 0 WHERE state = 'queued' AND not_before > ?"
+            changed = queue.execute(late, (time.time(),)).rowcount
+            queue.commit()
+            if changed:
+                return "time"
             resting = queue.execute(
                 "SELECT object_id FROM job WHERE state IN ('quarantined', 'undeletable')"
             ).fetchall()
             if not resting:
-                late = "UPDATE job SET not_before = 0 WHERE state = 'queued' AND not_before > ?"
-                changed = queue.execute(late, (time.time(),)).rowcount
-                queue.commit()
-                return "time" if changed else ""
+                return ""
         names = [object_id for (object_id,) in resting]
         code = rig.run_here("jobs", "retry", "--all") or rig.run_here("jobs", "retry", *names)
         return "jobs retry" if code == 0 else ""

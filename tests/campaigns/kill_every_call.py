@@ -463,23 +463,49 @@ class InPlace(Case):
         return []
 
 
+_LETTER: Final = "Zbigniew-1234.pdf"
+
+
 @dataclass(slots=True)
 class NoPicture(Inspected):
-    """A picture, and something that is none."""
+    """A picture, and something that is none: if no decoder could be asked, that is sealed, too."""
+
+    letter: bytes = b""
 
     def fill(self) -> None:
         Inspected.fill(self)
-        self.rig.put({"Zbigniew-1234.pdf": b"%PDF-1.7 letter" + b"\n%" * 500})
+        self.letter = b"%PDF-1.7 letter" + b"\n%" * 500
+        self.rig.put({_LETTER: self.letter})
+
+    def is_sealed(self) -> bool:
+        self.pictures.pop(_LETTER, None)
+        with contextlib.suppress(SecimgError):
+            if self.letter in self.sealed().values():
+                self.pictures[_LETTER] = self.letter
+        return _LETTER in self.pictures
+
+    def is_good(self, code: int, _output: str) -> bool:
+        return code == (0 if self.is_sealed() else self.code)
+
+    def broken(self) -> list[str]:
+        self.is_sealed()
+        return Inspected.broken(self)
 
     def in_clear(self) -> list[str]:
-        there = list(self.plaintexts())
-        return [] if len(there) == 1 and there[0].endswith(".pdf") else [f"in clear: {there}"]
+        there = [name.endswith(_LETTER) for name in self.plaintexts()]
+        return [] if there == [True] * (not self.is_sealed()) else [f"in clear: {there}"]
 
     def left_in_staging(self) -> list[str]:
+        faults = Inspected.left_in_staging(self)
         staging = self.rig.drop / STAGING
         names = os.listdir(staging) if staging.is_dir() else []
-        wanted = list(self.expected_in_staging)
-        return [] if names == wanted else [f"in staging: {names}"]
+        lacking = set(self.expected_in_staging).difference(names)
+        return faults + [f"not in staging: {n}" for n in lacking if not self.is_sealed()]
+
+    def queue_faults(self, objects: int) -> list[str]:
+        return (
+            [] if self.is_sealed() and not self.states() else Inspected.queue_faults(self, objects)
+        )
 
 
 @dataclass(slots=True)
