@@ -77,6 +77,7 @@ class Audit:
         self._guard = threading.Lock()
         self._end: End | None = None  # behind what this process knows to be written
         self._unproved: Head | None = None  # a head that could not be checked; others may
+        self.fault = ""
         self._unsynced = False
         self._head_lasts = False  # a head was synced; by whom the one in the file was, who knows
         self._log = self._head = -1
@@ -138,7 +139,7 @@ class Audit:
         """Keep other threads and processes away, with the files open that have the names."""
         with self._guard, _as_fault():
             if not (self._is_there(LOG_NAME, self._log) and self._is_there(HEAD_NAME, self._head)):
-                log.error("audit log: it was moved, removed or replaced")
+                self._tell("it was moved, removed or replaced")
                 self._open_files()
             with kernel.locked(self._log, _PATIENCE):
                 yield
@@ -247,10 +248,14 @@ class Audit:
         except (KeyMismatchError, TamperedError):
             return None
 
+    def _tell(self, fault: str) -> None:
+        log.error("audit log: %s", fault)
+        self.fault = fault
+
     def _repair(self, end: End, debris: Debris, lost: int | None) -> None:
         """Account for what lies behind the end, and begin an epoch where one is needed."""
         if lost != 0:
-            log.error("audit log: entries are missing, or its head is: secimg-watch audit verify")
+            self._tell("entries are missing, or its head is: secimg-watch audit verify")
         here = replace(end, size=end.size + debris.size)
         newline = b"" if debris.ends else b"\n"
         debris.add(newline)

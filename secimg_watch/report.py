@@ -51,6 +51,7 @@ class Report:
     inspector: tuple[str, ...]  # what confines the child
     warnings: tuple[str, ...]
     folders: tuple[FolderReport, ...]
+    audit: str = ""  # what this run found to be wrong with the audit log
 
     def summary(self) -> str:
         """One line for ``systemctl status``."""
@@ -60,6 +61,7 @@ class Report:
         waiting = sum(f.waiting + f.queued for f in self.folders)
         bad = [f for f in self.folders if f.health not in {"ok", "starting"}]
         state = f"; {bad[0].health}: {bad[0].path}: {bad[0].reason}" if bad else ""
+        state += f"; audit log: {self.audit}" if self.audit else ""
         return f"{sealed} sealed, {waiting} waiting{state}"
 
 

@@ -574,6 +574,7 @@ class Service:
             inspector=self.inspector.confinement,
             warnings=tuple(warnings),
             folders=tuple(self._folder_report(m) for m in self._monitors.values()),
+            audit=self._audit.fault if self._audit else "",
         )
 
     def _folder_report(self, monitor: Monitor) -> FolderReport:

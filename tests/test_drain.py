@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the service is for POSIX systems")
 
 FIELDS = {
+    "audit",
     *("sealed", "failed", "not_ready", "running", "pid", "written", "key"),
     *("inspector", "warnings", "folders"),
 }

@@ -251,7 +251,7 @@ def status(app: App, *, follow: bool) -> int:
 def _is_well(now: report.Report) -> bool:
     healthy = all(f.health in {"ok", "starting"} for f in now.folders)
     nothing_failed = not any(f.quarantined or f.undeletable for f in now.folders)
-    return now.running and now.key == "ready" and healthy and nothing_failed
+    return now.running and now.key == "ready" and healthy and nothing_failed and not now.audit
 
 
 def _show_status(app: App, now: report.Report) -> None:
@@ -265,6 +265,7 @@ def _show_status(app: App, now: report.Report) -> None:
             "service": state,
             "key": now.key,
             "inspector": ", ".join(now.inspector) or "not started",
+            **({"audit log": now.audit} if now.audit else {}),
             **{f"warning {n}": text for n, text in enumerate(now.warnings, 1)},
         }
     )

@@ -67,7 +67,8 @@ def quickstart(app: App, directory: Path, *, setup_only: bool) -> None:
     """
     directory = _absolute(directory)
     path = directory / "policy.yaml"
-    if not path.exists():
+    is_new = not path.exists()
+    if is_new:
         _make_quickstart(directory, path)
     policy = load_policy(path)
     provider = key_provider(policy)
@@ -79,6 +80,8 @@ def quickstart(app: App, directory: Path, *, setup_only: bool) -> None:
                 confirm_recovery(vault, recipient)
                 confirmed = {"recipient": recipient.key_id.hex()}
                 put_on_record(policy, ring, Event("recovery confirmed", confirmed))
+    if is_new:
+        put_on_record(policy, ring, Event("key made", {"key": ring[0].key_id.hex()}))
     _tell_next_steps(directory, path, provider)
     if not setup_only:
         start_log(app.verbose)

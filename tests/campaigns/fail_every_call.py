@@ -391,6 +391,9 @@ def main() -> int:
     columns = ("case", "calls", "faults", "struck", "runs", "violations", "time")
     sys.stdout.write("{:<34} {:>5} {:>6} {:>7} {:>6} {:>10} {:>7}\n".format(*columns))
     titles = SLICE if asked.slice else [c.title for c in cases() if asked.only in c.title]
+    if not titles:
+        sys.stdout.write("no case has this in its title\n")
+        return 2
     sample = _SAMPLE if asked.slice else asked.sample
     workers = 0 if asked.slice else asked.workers
     shares = workers or 1

@@ -1059,6 +1059,9 @@ def main() -> int:
     sys.stdout.write(report(total))
     for violation in total.violations:
         sys.stdout.write(f"VIOLATION {violation}\n")
+    if not total.runs:
+        sys.stdout.write("no case has this in its title\n")
+        return 2
     return 1 if total.violations else 0
 
 

@@ -564,6 +564,8 @@ def main() -> int:
     chosen = [m for m in MUTATIONS if asked.only in f"{m.module} {m.what}"]
     if asked.control:
         return control({mutation.finder for mutation in chosen}, asked.workers)
+    if not chosen:
+        parser.error("no safeguard has this in its name")
     missed = 0
     with concurrent.futures.ThreadPoolExecutor(asked.workers) as pool:
         for result in pool.map(attempt, chosen):

@@ -755,7 +755,8 @@ class SetAside(Scenario):
         if self.letter not in site.clear().values():
             return []  # that was told of already
         faults = site.run("drain", good=(1,))  # it is something that needs attention
-        (aside,) = [name for name in site.clear() if name.endswith("letter.pdf")]
+        aside, *more = [name for name in site.clear() if name.endswith("letter.pdf")]
+        faults += [f"there twice: {name}" for name in more]
         if f"/{STAGING}/{QUARANTINE_NAME}/" not in aside:
             # The queue knows that it was set aside, and the disk does not: there it rests, too.
             site.costs["set aside where it was"] += 1

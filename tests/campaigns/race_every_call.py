@@ -662,6 +662,8 @@ def main() -> int:
     sys.stdout.write(table.report())
     elapsed = time.monotonic() - started
     sys.stdout.write(f"{table.runs} runs, {len(table.violations)} violations, {elapsed:.0f} s\n")
+    if not table.runs:
+        return 2
     return 1 if table.violations else 0
 
 
