@@ -79,7 +79,7 @@ class Audit:
         self._unproved: Head | None = None  # a head that could not be checked; others may
         self.fault = ""
         self._unsynced = False
-        self._head_lasts = False  # a head was synced; by whom the one in the file was, who knows
+        self._head_lasts = False  # there is one, and a power cut leaves it or a later one
         self._log = self._head = -1
         self._files = contextlib.ExitStack()
         with _as_fault():
@@ -98,9 +98,11 @@ class Audit:
             kernel.sync_path(self._state)
             if not os.fstat(log_file).st_size:
                 kernel.sync_above(self._state)
+            # Before more is written than may be there without a head: a dead process may not have.
+            os.fsync(head_file)
             self._files.close()
             self._log, self._head, self._files = log_file, head_file, opened.pop_all()
-            self._head_lasts = False
+            self._head_lasts = Head.parse(_read(head_file, 0, chain.HEAD_SIZE)) is not None
 
     def close(self) -> None:
         """Make durable what is not yet, as far as that goes, and close the log."""

@@ -138,6 +138,8 @@ class Vault:
             fields["recovery"] = sorted(each.hex() for each in info.recovery)
         text = json.dumps(fields, indent=2)
         temporary = self.path / "vault.json.new"
+        # One that a dead process left may have a mode by which its owner cannot write it.
+        temporary.unlink(missing_ok=True)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(fd, "w", encoding="ascii") as file:
             # An administrator who changes it must not take it away from the service's user.

@@ -149,6 +149,7 @@ def test_a_census_of_an_empty_vault_and_of_none(vault: Vault, tmp_path: Path) ->
 
 def test_an_object_that_is_cut_within_its_header_is_not_counted(vault: Vault) -> None:
     object_id = put(vault, [OLD])
+    vault.object_path(object_id).chmod(0o600)
     os.truncate(vault.object_path(object_id), 100)
     assert list(take_census(vault).unreadable) == [object_id]
 
@@ -247,10 +248,10 @@ def test_a_damaged_object_is_copied_with_its_damage(vault: Vault, harm: str) -> 
     path = vault.object_path(object_id)
     start = len(header_of(vault, object_id).pack())
     core = header_of(vault, object_id).core
+    path.chmod(0o600)
     if harm == "cut":
         os.truncate(path, start + 10)
     elif harm == "more":
-        path.chmod(0o600)
         with path.open("ab") as file:
             file.write(b"more")
     else:
@@ -435,10 +436,10 @@ def test_a_damaged_object_is_not_sealed_anew(vault: Vault, harm: str) -> None:
     path = vault.object_path(object_id)
     places = {"MAC": start - 1, "META": start, "preview": behind}
     places |= {"body": behind + header.core.preview_len + 70_000, "end": -1}
+    path.chmod(0o600)
     if harm == "cut":
         os.truncate(path, path.stat().st_size - 1)
     elif harm == "more":
-        path.chmod(0o600)
         with path.open("ab") as file:
             file.write(b"m")
     else:

@@ -510,3 +510,15 @@ def test_unlocking_twice_is_harmless(desk: Desk) -> None:
     desk.vault.unlock()
     desk.vault.unlock()
     assert not desk.vault.is_locked
+
+
+def test_what_a_dead_process_left_of_a_new_vault_file_is_no_hindrance() -> None:
+    with ordinary_folder() as folder, without_privileges():
+        vault = Vault(folder / "vault", NO_RESERVE)
+        vault.create(INFO)
+        left = vault.path / "vault.json.new"
+        left.write_text("half")
+        left.chmod(0o400)
+        vault.write_info(INFO)
+        assert vault.info() == INFO
+        assert not left.exists()

@@ -149,9 +149,9 @@ MUTATIONS: Final = (
     Mutation(
         "the head of the audit log is not synced where a dead process began it",
         "audit.py",
-        "            self._head_lasts = False\n",
-        "            self._head_lasts = os.fstat(head_file).st_size > 0\n",
-        (*POWER, "key init killed, drain", "--killed", "audit.head"),
+        "            os.fsync(head_file)\n",
+        "",
+        (*POWER, "key init killed, drain", "--killed", "audit.log"),
     ),
     Mutation(
         "an object that a dead process replaced is not synced before its former key goes",
