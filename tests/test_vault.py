@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import base64
 import json
 import os
@@ -513,6 +514,7 @@ def test_unlocking_twice_is_harmless(desk: Desk) -> None:
 
 
 def test_what_a_dead_process_left_of_a_new_vault_file_is_no_hindrance() -> None:
+    codecs.lookup("ascii")  # it may lie where only root can import it
     with ordinary_folder() as folder, without_privileges():
         vault = Vault(folder / "vault", NO_RESERVE)
         vault.create(INFO)
