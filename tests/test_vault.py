@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import codecs
 import base64
+import codecs
 import json
 import os
 import shutil
