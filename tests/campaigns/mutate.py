@@ -94,7 +94,7 @@ MUTATIONS: Final = (
         "audit.py",
         "                os.fsync(self._head)\n",
         "                pass\n",
-        (*POWER, "key init, drain"),
+        (*POWER, "drain, no state yet"),
     ),
     Mutation(
         "vault.json is not synced",
