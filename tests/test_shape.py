@@ -38,6 +38,7 @@ DELETES: Final = {
     "vault.py:_write": "an object that could not be written whole",
     "vault.py:replacing": "what an earlier process was about to replace objects with",
     "vault.py:replace": "what was not fit to replace an object",
+    "vault.py:write_info": "what an earlier process left of a new vault.json",
     "vault.py:_unlink": "for those above",
     "rekey.py:__init__": "the list of a run to other keys",
     "rekey.py:finish": "the list of a run that is finished",
