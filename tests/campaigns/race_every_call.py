@@ -618,7 +618,7 @@ def check_itself(sites: dict[str, tuple[Site, Variant, bytes]], table: Table) ->
         keys = [s.key for s in observe(site, variant) if s.key[1:3] == each.call]
         with mock.patch.object(each.module, each.name, each.put):
             deed = ACTIONS[each.deed]
-            results = [attack(site, variant, [(deed, key)], spare) for key in keys]
+            results = [attack_there(site, variant, deed, key, spare) for key in keys]
         if not any(result.faults for result in results):
             table.violate(f"not found: {each.deed} without {each.name}")
 
